@@ -1,0 +1,209 @@
+"""Manifold-constrained hyper-connections in eager PyTorch: the single source of truth.
+
+One sublayer F (attention or MLP) of a transformer with n residual streams of C channels
+(mHC, arXiv 2512.24880; equation numbers are the paper's)::
+
+    u      = H_pre x                                  what the sublayer reads
+    x_next = H_res x + H_post^T F(u)                                             (3)
+
+    v      = x / rms(x)       over all n*C values of a token                     (7)
+    logits = alpha * (v phi^T) + b
+    H_pre  = sigmoid(logits_pre)                                                 (8)
+    H_post = 2 sigmoid(logits_post)
+    H_res  = Sinkhorn(logits_res)                                                (9)
+
+Symbols and shapes, used under these names everywhere in this project:
+
+======= ================= ==========================================================
+x       [..., n, C]       the residual streams of a token; stream i is x[..., i, :]
+u, y    [..., C]          input and output of the sublayer
+phi     [K, n*C]          projection, rows ordered pre (n) | post (n) | res
+b       [K]               bias, same order (argument name: ``bias``)
+alpha   [3]               one scalar for each of pre, post, res ([2] without a res part)
+H_pre   [..., n]          read weights
+H_post  [..., n]          write weights
+H_res   [..., n, n]       mixing, applied as x_next[o] = sum_i H_res[o, i] x[i];
+                          None stands for the identity
+======= ================= ==========================================================
+
+K depends on the variant of H_res (``VARIANTS``):
+
+- ``mhc``: n*n rows, row-major [o, i]; doubly stochastic by Sinkhorn-Knopp, Eq. (9).
+- ``identity``: no rows; H_res = I.
+- ``birkhoff``: n! rows; a convex combination of the permutations of n in lexicographic order,
+  exactly doubly stochastic (mHC-lite, arXiv 2601.05732). n <= 4.
+- ``hc``: n*n rows; the unconstrained connection that mHC's paper compares with, Eq. (5):
+  H = alpha * tanh(v phi^T) + b for all three parts (Hyper-Connections, arXiv 2409.19606).
+
+Everything here runs in the dtype of its inputs, except that half-precision streams are read as
+float32 (the coefficients are float32 whatever x is); float64 stays float64, which is what
+``torch.autograd.gradcheck`` and the error columns of the benches use.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+VARIANTS = ("mhc", "identity", "birkhoff", "hc")
+
+#: RMSNorm epsilon of the paper's models (added to the mean square).
+NORM_EPS = 1e-20
+#: Sinkhorn-Knopp iterations of the paper.
+ITERATIONS = 20
+
+
+def res_rows(n: int, variant: str) -> int:
+    """Rows of phi that belong to H_res, for n streams."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {variant!r}")
+    if n < 1:
+        raise ValueError(f"the number of streams n must be at least 1, not {n}")
+    if variant == "birkhoff" and n > 4:
+        raise ValueError(f"birkhoff mixes all n! permutations: n must be at most 4, not {n}")
+    return {"identity": 0, "birkhoff": math.factorial(n)}.get(variant, n * n)
+
+
+def phi_rows(n: int, variant: str) -> int:
+    """K, the rows of phi and entries of b: pre (n), post (n), res."""
+    return 2 * n + res_rows(n, variant)
+
+
+def alpha_size(variant: str) -> int:
+    """Entries of alpha: pre, post and, where H_res is learned, res."""
+    return 2 if variant == "identity" else 3
+
+
+def sinkhorn(logits: Tensor, iterations: int = ITERATIONS) -> Tensor:
+    """Eq. (9): M_0 = exp(logits), M_t = T_r(T_c(M_{t-1})): columns first, rows last.
+
+    logits [..., n, n] -> [..., n, n] of the same dtype, positive, rows summing to one exactly (to
+    rounding) and columns to one up to the convergence of ``iterations`` steps. A common factor
+    of M_0 cancels in the first normalisation, so the largest logit is subtracted first: no
+    logit overflows.
+    """
+    m = torch.exp(logits - logits.amax(dim=(-2, -1), keepdim=True).detach())
+    for _ in range(iterations):
+        m = m / m.sum(dim=-2, keepdim=True)
+        m = m / m.sum(dim=-1, keepdim=True)
+    return m
+
+
+def permutations(n: int, device=None, dtype=None) -> Tensor:
+    """[n!, n, n]: the permutation matrices of n in lexicographic order (the first is I)."""
+    eye = torch.eye(n, device=device, dtype=dtype)
+    return torch.stack([eye[list(p)] for p in itertools.permutations(range(n))])
+
+
+def birkhoff(logits: Tensor, n: int) -> Tensor:
+    """[..., n!] -> [..., n, n]: softmax-weighted permutations, exactly doubly stochastic."""
+    weights = torch.softmax(logits, dim=-1)
+    return torch.tensordot(weights, permutations(n, logits.device, logits.dtype), dims=1)
+
+
+def project(x: Tensor, phi: Tensor, eps: float = NORM_EPS) -> Tensor:
+    """v phi^T with v = x / rms(x), Eq. (7): [..., n, C] and [K, n*C] -> [..., K].
+
+    The division by the norm comes after the product, as in the kernels (Eq. 10-14).
+    """
+    flat = _wide(x).flatten(-2)
+    inverse_rms = torch.rsqrt(flat.square().mean(dim=-1, keepdim=True) + eps)
+    return (flat @ phi.to(flat.dtype).t()) * inverse_rms
+
+
+def coefficients(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    variant: str = "mhc",
+    iterations: int = ITERATIONS,
+    eps: float = NORM_EPS,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """H_pre [..., n], H_post [..., n], H_res [..., n, n] (None: identity), Eq. (5) or (7)-(9)."""
+    n, dtype = x.shape[-2], _wide(x).dtype
+    sizes = [n, n, res_rows(n, variant)]
+    alpha, bias = alpha.to(dtype), bias.to(dtype)
+    scale = torch.cat([a.expand(k) for a, k in zip(alpha, sizes)])
+    projected = project(x, phi, eps)
+    if variant == "hc":
+        projected = torch.tanh(projected)
+    pre, post, res = (scale * projected + bias).split(sizes, dim=-1)
+    if variant == "hc":
+        return pre, post, res.unflatten(-1, (n, n))
+    H_pre, H_post = torch.sigmoid(pre), 2 * torch.sigmoid(post)
+    if variant == "identity":
+        return H_pre, H_post, None
+    if variant == "birkhoff":
+        return H_pre, H_post, birkhoff(res, n)
+    return H_pre, H_post, sinkhorn(res.unflatten(-1, (n, n)), iterations)
+
+
+def mhc_pre(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    variant: str = "mhc",
+    iterations: int = ITERATIONS,
+    eps: float = NORM_EPS,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """F_pre: coefficients and u = H_pre x.
+
+    Returns u [..., C] in x's dtype, H_post and H_res in float32 (float64 for a float64 x). With
+    ``norm_weight`` [C], u is RMSNorm(H_pre x) * norm_weight, the sublayer's own input norm.
+    """
+    H_pre, H_post, H_res = coefficients(
+        x, phi, alpha, bias, variant=variant, iterations=iterations, eps=eps
+    )
+    u = torch.einsum("...n,...nc->...c", H_pre, _wide(x))
+    if norm_weight is not None:
+        u = u * torch.rsqrt(u.square().mean(dim=-1, keepdim=True) + norm_eps) * norm_weight
+    return u.to(x.dtype), H_post, H_res
+
+
+def mhc_post(
+    x: Tensor, y: Tensor, H_post: Tensor, H_res: Tensor | None, y_bias: Tensor | None = None
+) -> Tensor:
+    """F_post,res, Eq. (3): x_next[o] = sum_i H_res[o, i] x[i] + H_post[o] (y + y_bias).
+
+    x [..., n, C], y [..., C], y_bias [C] or None, H_post [..., n], H_res [..., n, n] or None for
+    the identity. Returns [..., n, C] in x's dtype; the sums run in float32 or wider.
+    """
+    wide = _wide(x)
+    out = y.to(wide.dtype)
+    if y_bias is not None:
+        out = out + y_bias.to(wide.dtype)
+    mixed = wide if H_res is None else torch.einsum("...oi,...ic->...oc", H_res.to(wide.dtype), wide)
+    return (mixed + H_post.to(wide.dtype).unsqueeze(-1) * out.unsqueeze(-2)).to(x.dtype)
+
+
+def mhc_post_pre(
+    x: Tensor,
+    y: Tensor,
+    H_post: Tensor,
+    H_res: Tensor | None,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    y_bias: Tensor | None = None,
+    **pre_options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The boundary between two sublayers: ``mhc_post`` of one and ``mhc_pre`` of the next.
+
+    Returns x_next, u, H_post', H_res'. ``pre_options`` are ``mhc_pre``'s keywords.
+    """
+    x_next = mhc_post(x, y, H_post, H_res, y_bias)
+    return x_next, *mhc_pre(x_next, phi, alpha, bias, **pre_options)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
