@@ -1,0 +1,279 @@
+"""F_pre: u = H_pre x, and what its backward reads from memory.
+
+The projection itself is ``post_pre.post_project_kernel`` (with POST off when there is no post to
+fuse). ``read_kernel`` turns its sums into H and applies H_pre; backward, ``read_grad_kernel`` makes
+du . x_i, the gradient of H_pre, and ``phi_grad_kernel`` the product of w and x that is dphi.
+"""
+
+import triton
+import triton.language as tl
+
+from .coefficients import gram_products, permuted, softmax, split_phi, two_sided
+from .device import column_of, dot, sinkhorn, sum_parts, wait_for_inputs
+
+
+@triton.jit
+def write_coefficients(
+    projected_ptr, parts, part_stride, inverse_rms, alpha_ptr, bias_ptr, permutations_ptr,
+    p_ptr, H_post_ptr, H_res_ptr, rows, mask,
+    n: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    VARIANT: tl.constexpr, ITERATIONS: tl.constexpr,
+):  # fmt: skip
+    """p, H_post and H_res of a tile of tokens to memory; returns H_pre [BT, n]."""
+    HC: tl.constexpr = VARIANT == "hc"
+    i = tl.arange(0, n)
+    inside = mask[:, None]
+    at = rows[:, None] * KP + i[None, :]
+    scale = inverse_rms[:, None]
+    p_pre = sum_parts(projected_ptr, at, parts, part_stride, inside) * scale
+    p_post = sum_parts(projected_ptr, at + n, parts, part_stride, inside) * scale
+    to = p_ptr + rows[:, None] * K + i[None, :]
+    tl.store(to, p_pre, mask=inside)
+    tl.store(to + n, p_post, mask=inside)
+    pre, _ = two_sided(p_pre, tl.load(alpha_ptr), tl.load(bias_ptr + i)[None, :], HC)
+    post, _ = two_sided(p_post, tl.load(alpha_ptr + 1), tl.load(bias_ptr + n + i)[None, :], HC)
+    H_post = post if HC else 2.0 * tl.sigmoid(post)
+    tl.store(H_post_ptr + rows[:, None] * n + i[None, :], H_post, mask=inside)
+    if VARIANT == "birkhoff":
+        r = tl.arange(0, RP)
+        valid = inside & (r < R)[None, :]
+        at = rows[:, None] * KP + 2 * n + r[None, :]
+        p = sum_parts(projected_ptr, at, parts, part_stride, valid) * scale
+        tl.store(p_ptr + rows[:, None] * K + 2 * n + r[None, :], p, mask=valid)
+        b = tl.load(bias_ptr + 2 * n + r, mask=r < R, other=0.0)
+        weights = softmax(tl.load(alpha_ptr + 2) * p + b[None, :], R, RP)
+        e = tl.arange(0, n * n)
+        H_res = permuted(weights, permutations_ptr, R, RP, n * n)
+        tl.store(H_res_ptr + rows[:, None] * (n * n) + e[None, :], H_res, mask=inside)
+    elif VARIANT != "identity":
+        e = i[None, :, None] * n + i[None, None, :]
+        valid = (inside & (i < n)[None, :])[:, :, None]
+        row = rows[:, None, None]
+        p = sum_parts(projected_ptr, row * KP + 2 * n + e, parts, part_stride, valid)
+        p = p * scale[:, :, None]
+        tl.store(p_ptr + row * K + 2 * n + e, p, mask=valid)
+        H_res, _ = two_sided(p, tl.load(alpha_ptr + 2), tl.load(bias_ptr + 2 * n + e), HC)
+        if VARIANT == "mhc":
+            H_res = sinkhorn(H_res, ITERATIONS)
+        tl.store(H_res_ptr + row * (n * n) + e, H_res, mask=valid)
+    return pre if HC else tl.sigmoid(pre)
+
+
+@triton.jit
+def read_scale(
+    gram_parts_ptr, gram_ptr, H_pre, rows, mask, parts, part_rows, norm_eps,
+    n: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """1 / rms(H_pre x) from the products of streams, whose total is kept for backward."""
+    count: tl.constexpr = n * (n + 1) // 2
+    for k in tl.static_range(count):
+        total = sum_parts(gram_parts_ptr, rows * count + k, parts, part_rows * count, mask)
+        tl.store(gram_ptr + rows * count + k, total, mask=mask)
+    inside = mask[:, None]
+    _, square = gram_products(gram_parts_ptr, H_pre, rows, inside, parts, part_rows * count, n)
+    return tl.rsqrt(square / C + norm_eps)
+
+
+@triton.jit
+def sum_of_squares(gram_parts_ptr, rows, mask, parts, part_rows, n: tl.constexpr, NORM: tl.constexpr):
+    """x . x over all streams, [BT]."""
+    count: tl.constexpr = n * (n + 1) // 2 if NORM else 1
+    total = sum_parts(gram_parts_ptr, rows * count, parts, part_rows * count, mask)
+    for i in tl.static_range(1, n if NORM else 1):
+        k: tl.constexpr = i * n - i * (i - 1) // 2
+        total += sum_parts(gram_parts_ptr, rows * count + k, parts, part_rows * count, mask)
+    return total
+
+
+@triton.jit(do_not_specialize=["T", "parts"])
+def read_kernel(
+    x_ptr,
+    projected_ptr,
+    gram_parts_ptr,
+    alpha_ptr,
+    bias_ptr,
+    permutations_ptr,
+    norm_weight_ptr,
+    u_ptr,
+    H_post_ptr,
+    H_res_ptr,
+    p_ptr,
+    inverse_rms_ptr,
+    gram_ptr,
+    T,
+    parts,
+    eps,
+    norm_eps,
+    n: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    R: tl.constexpr,
+    RP: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    VARIANT: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """H of a tile of tokens from the projection's partial sums, then u over all channels."""
+    wait_for_inputs(PDL)
+    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    mask = rows < T
+    part_rows = T.to(tl.int64)
+    square = sum_of_squares(gram_parts_ptr, rows, mask, parts, part_rows, n, NORM)
+    inverse_rms = tl.rsqrt(square / (n * C) + eps)
+    tl.store(inverse_rms_ptr + rows, inverse_rms, mask=mask)
+    H_pre = write_coefficients(
+        projected_ptr, parts, part_rows * KP, inverse_rms, alpha_ptr, bias_ptr, permutations_ptr,
+        p_ptr, H_post_ptr, H_res_ptr, rows, mask, n, K, KP, R, RP, VARIANT, ITERATIONS,
+    )  # fmt: skip
+    if NORM:
+        H_pre *= read_scale(
+            gram_parts_ptr, gram_ptr, H_pre, rows, mask, parts, part_rows, norm_eps, n, C
+        )[:, None]
+    weights = ()
+    for i in tl.static_range(n):
+        weights = weights + (column_of(H_pre, i, n)[:, None],)
+    inside = mask[:, None]
+    for c0 in tl.range(0, C, BC):
+        channels = c0 + tl.arange(0, BC)
+        at = rows[:, None] * (n * C) + channels[None, :]
+        u = tl.zeros([BT, BC], tl.float32)
+        for i in tl.static_range(n):
+            u += weights[i] * tl.load(x_ptr + at + i * C, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            u *= tl.load(norm_weight_ptr + channels).to(tl.float32)[None, :]
+        to = u_ptr + rows[:, None] * C + channels[None, :]
+        tl.store(to, u.to(u_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "tiles", "phi_size"])
+def read_grad_kernel(
+    x_ptr,
+    du_ptr,
+    norm_weight_ptr,
+    read_grad_ptr,
+    phi_ptr,
+    split_ptr,
+    T,
+    tiles,
+    phi_size,
+    n: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    NORM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """read_grad [T, n] = du . x_i (NORM: weight * du), the only reduction before dlogits.
+
+    Programs from ``tiles`` on split phi for the kernels that follow.
+    """
+    wait_for_inputs(PDL)
+    tile = tl.program_id(0)
+    if tile >= tiles:
+        split_phi(phi_ptr, split_ptr, tile - tiles, phi_size, WIDTH)
+        return
+    rows = (tile * BT + tl.arange(0, BT)).to(tl.int64)
+    mask = rows < T
+    inside = mask[:, None]
+    sums = ()
+    for i in tl.static_range(n):
+        sums = sums + (tl.zeros([BT, BC // 8], tl.float32),)
+    for c0 in tl.range(0, C, BC):
+        channels = c0 + tl.arange(0, BC)
+        at = rows[:, None] * (n * C) + channels[None, :]
+        to = rows[:, None] * C + channels[None, :]
+        du = tl.load(du_ptr + to, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            du *= tl.load(norm_weight_ptr + channels).to(tl.float32)[None, :]
+        following = ()
+        for i in tl.static_range(n):
+            x = tl.load(x_ptr + at + i * C, mask=inside, other=0.0).to(tl.float32)
+            # Eight neighbours are one thread's: summed there, across threads only at the end.
+            product = tl.sum(tl.reshape(x * du, [BT, BC // 8, 8]), axis=2)
+            following = following + (sums[i] + product,)
+        sums = following
+    for i in tl.static_range(n):
+        tl.store(read_grad_ptr + rows * n + i, tl.sum(sums[i], axis=1), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "per_part"])
+def phi_grad_kernel(
+    x_desc,
+    w_desc,
+    dphi_ptr,
+    T,
+    per_part,
+    size: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """dphi [parts, K, size] (size = n*C): x^T w over the part's blocks of BT tokens, BC columns.
+
+    w comes as bf16 high and low parts side by side (SPLIT), x is exact in bf16, the sums are
+    float32: the product is as exact as float32's.
+    """
+    wait_for_inputs(PDL)
+    column = tl.program_id(0) * BC
+    part = tl.program_id(1)
+    width: tl.constexpr = 2 * KP if SPLIT else KP
+    acc = tl.zeros([BC, width], tl.float32)
+    for block in tl.range(part * per_part, min((part + 1) * per_part, tl.cdiv(T, BT))):
+        x = x_desc.load([block * BT, column])
+        w = w_desc.load([block * BT, 0])
+        if x_desc.dtype == tl.float16:
+            high = x.to(tl.bfloat16)
+            acc = dot(high.T, w, acc)
+            low = x.to(tl.float32) - high.to(tl.float32)
+            acc = dot(low.to(tl.bfloat16).T, w, acc)
+        elif SPLIT:
+            acc = dot(x.T, w, acc)
+        else:
+            acc = dot(x.to(tl.float32).T, w, acc)
+    if SPLIT:
+        acc = tl.sum(tl.reshape(acc, [BC, 2, KP]), axis=1)
+    k = tl.arange(0, KP)
+    at = (part * K + k[None, :]) * size + column + tl.arange(0, BC)[:, None]
+    tl.store(dphi_ptr + at, acc, mask=(k < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["T"])
+def norm_weight_grad_kernel(
+    x_ptr,
+    du_ptr,
+    token_ptr,
+    dweight_ptr,
+    T,
+    n: tl.constexpr,
+    C: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Gradient [C] of the fused norm's weight: sum over tokens of du * H_pre x / rms(H_pre x)."""
+    wait_for_inputs(PDL)
+    channels = tl.program_id(0) * BC + tl.arange(0, BC)
+    total = tl.zeros([BT, BC], tl.float32)
+    for t0 in tl.range(0, T, BT):
+        rows = (t0 + tl.arange(0, BT)).to(tl.int64)
+        mask = rows < T
+        inside = mask[:, None]
+        z = tl.zeros([BT, BC], tl.float32)
+        for i in tl.static_range(n):
+            H_pre = tl.load(token_ptr + rows * (n + 3) + i, mask=mask, other=0.0)
+            at = rows[:, None] * (n * C) + i * C + channels[None, :]
+            z += H_pre[:, None] * tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.load(token_ptr + rows * (n + 3) + n + 1, mask=mask, other=0.0)
+        to = rows[:, None] * C + channels[None, :]
+        du = tl.load(du_ptr + to, mask=inside, other=0.0).to(tl.float32)
+        total += du * z * inverse[:, None]
+    tl.store(dweight_ptr + channels, tl.sum(total, axis=0))
