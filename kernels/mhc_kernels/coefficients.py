@@ -197,14 +197,17 @@ def res_grad(
         dH = tl.load(dH_res_ptr + at, mask=mask[:, None], other=0.0)
         d = permuted_grad(dH, permutations_ptr, R, RP, E)
         return weights * (d - tl.sum(weights * d, axis=1, keep_dims=True)), p, p
-    o = tl.arange(0, n)[None, :, None] * n + tl.arange(0, n)[None, None, :]
-    inside = (mask[:, None] & (tl.arange(0, n) < n)[None, :])[:, :, None]
-    p = tl.load(p_ptr + rows[:, None, None] * K + 2 * n + o, mask=inside, other=0.0)
-    dH = tl.load(dH_res_ptr + rows[:, None, None] * E + o, mask=inside, other=0.0)
-    logits, a = two_sided(p, alpha, tl.load(bias_ptr + 2 * n + o), VARIANT == "hc")
+    # Loaded flat, so that the n*n entries of a token are neighbouring lanes of one warp.
+    e = tl.arange(0, E)
+    p = tl.load(p_ptr + rows[:, None] * K + 2 * n + e[None, :], mask=mask[:, None], other=0.0)
+    dH = tl.load(dH_res_ptr + rows[:, None] * E + e[None, :], mask=mask[:, None], other=0.0)
+    logits, a = two_sided(p, alpha, tl.load(bias_ptr + 2 * n + e)[None, :], VARIANT == "hc")
     if VARIANT == "mhc":
-        dH = sinkhorn_grad(logits, dH, ITERATIONS)
-    return tl.reshape(dH, [BT, RP]), tl.reshape(p, [BT, RP]), tl.reshape(a, [BT, RP])
+        dH = sinkhorn_grad(
+            tl.reshape(logits, [BT, n, n]), tl.reshape(dH, [BT, n, n]), ITERATIONS
+        )
+        dH = tl.reshape(dH, [BT, E])
+    return dH, p, a
 
 
 @triton.jit

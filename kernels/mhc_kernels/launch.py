@@ -63,8 +63,10 @@ class Plan:
     def new(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=self.device)
 
-    def options(self, block: tuning.Block) -> dict:
-        return {**block.options(), "launch_pdl": self.pdl, "PDL": self.pdl}
+    def options(self, block: tuning.Block, looped: bool = False) -> dict:
+        """Launch options; ``looped``: the kernel has a loop to pipeline."""
+        stages = {"STAGES": block.stages} if looped else {}
+        return {**block.options(), **stages, "launch_pdl": self.pdl, "PDL": self.pdl}
 
     def rows(self, t: Tensor, block: tuning.Block, BC: int | None = None) -> TensorDescriptor:
         """Descriptor of a [T, width] view of ``t`` in tiles of the block's shape."""
@@ -137,7 +139,7 @@ def project(
         Y_BIAS=y_bias is not None,
         GRAM=norm,
         SPLIT=s.split,
-        **s.options(b),
+        **s.options(b, looped=True),
     )
     return x_next, projected, gram
 
@@ -190,7 +192,7 @@ def read(
         VARIANT=s.variant,
         ITERATIONS=iterations,
         NORM=norm,
-        **s.options(b),
+        **s.options(b, looped=True),
     )
     return u, H_post, H_res, p, inverse_rms, gram
 
@@ -220,7 +222,7 @@ def logits_grad(
     read_grad = s.new(s.T, s.n)
     read_grad_kernel[_grid(tiles + splitters)](
         x, du, norm_weight, read_grad, phi, split, s.T, tiles, phi.numel(),
-        n=s.n, C=s.C, K=s.K, BT=b.BT, BC=b.BC, NORM=norm, WIDTH=PHI_WIDTH, **s.options(b),
+        n=s.n, C=s.C, K=s.K, BT=b.BT, BC=b.BC, NORM=norm, WIDTH=PHI_WIDTH, **s.options(b, looped=True),
     )  # fmt: skip
     b = s.block("coefficients_grad")
     blocks = triton.cdiv(s.T, b.BT)
@@ -280,7 +282,7 @@ def phi_grad(s: Plan, x: Tensor, w: Tensor) -> Tensor:
         BT=b.BT,
         BC=b.BC,
         SPLIT=s.split,
-        **s.options(b),
+        **s.options(b, looped=True),
     )
     return dphi
 
@@ -355,7 +357,7 @@ def boundary_grad(
         RES_ALPHA=s.R > 0,
         SPLIT=s.split,
         WIDTH=PHI_WIDTH,
-        **s.options(b),
+        **s.options(b, looped=True),
     )
     return out
 

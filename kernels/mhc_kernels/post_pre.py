@@ -84,6 +84,7 @@ def post_project_kernel(
     Y_BIAS: tl.constexpr,
     GRAM: tl.constexpr,
     SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """x_next of a tile (POST; else x is x_next), phi's products and the streams' squares.
@@ -106,7 +107,9 @@ def post_project_kernel(
             H_res = load_columns(H_res_ptr, rows, n * n, 0, n * n, mask)
     acc = tl.zeros([BT, width], tl.float32)
     sums = zeros_tuple(n * (n + 1) // 2 if GRAM else 1, BT, 4)
-    for chunk in tl.range(part * per_part, min((part + 1) * per_part, C // BC)):
+    for chunk in tl.range(
+        part * per_part, min((part + 1) * per_part, C // BC), num_stages=STAGES
+    ):
         c0 = chunk * BC
         streams = ()
         if POST:
@@ -290,6 +293,7 @@ def boundary_grad_kernel(
     RES_ALPHA: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The module docstring's last four lines for a tile of tokens and all channels.
@@ -322,7 +326,7 @@ def boundary_grad_kernel(
         w_hi, w_lo = load_w(w_ptr, rows, mask, KP, SPLIT)
     d_res = zeros_tuple(n * n if POST and RES else 0, BT, 4)
     d_post = zeros_tuple(n if POST else 0, BT, 4)
-    for c0 in tl.range(0, C, BC):
+    for c0 in tl.range(0, C, BC, num_stages=STAGES):
         x = load_tiles(x_desc, t0, c0, n, C)
         y = x[0]
         du = x[0]

@@ -17,7 +17,7 @@ def write_coefficients(
     projected_ptr, parts, part_stride, inverse_rms, alpha_ptr, bias_ptr, permutations_ptr,
     p_ptr, H_post_ptr, H_res_ptr, rows, mask,
     n: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    VARIANT: tl.constexpr, ITERATIONS: tl.constexpr,
+    BT: tl.constexpr, VARIANT: tl.constexpr, ITERATIONS: tl.constexpr,
 ):  # fmt: skip
     """p, H_post and H_res of a tile of tokens to memory; returns H_pre [BT, n]."""
     HC: tl.constexpr = VARIANT == "hc"
@@ -46,16 +46,15 @@ def write_coefficients(
         H_res = permuted(weights, permutations_ptr, R, RP, n * n)
         tl.store(H_res_ptr + rows[:, None] * (n * n) + e[None, :], H_res, mask=inside)
     elif VARIANT != "identity":
-        e = i[None, :, None] * n + i[None, None, :]
-        valid = (inside & (i < n)[None, :])[:, :, None]
-        row = rows[:, None, None]
-        p = sum_parts(projected_ptr, row * KP + 2 * n + e, parts, part_stride, valid)
-        p = p * scale[:, :, None]
-        tl.store(p_ptr + row * K + 2 * n + e, p, mask=valid)
-        H_res, _ = two_sided(p, tl.load(alpha_ptr + 2), tl.load(bias_ptr + 2 * n + e), HC)
+        # Loaded flat, so that the n*n entries of a token are neighbouring lanes of one warp.
+        e = tl.arange(0, n * n)
+        at = rows[:, None] * KP + 2 * n + e[None, :]
+        p = sum_parts(projected_ptr, at, parts, part_stride, inside) * scale
+        tl.store(p_ptr + rows[:, None] * K + 2 * n + e[None, :], p, mask=inside)
+        H_res, _ = two_sided(p, tl.load(alpha_ptr + 2), tl.load(bias_ptr + 2 * n + e)[None, :], HC)
         if VARIANT == "mhc":
-            H_res = sinkhorn(H_res, ITERATIONS)
-        tl.store(H_res_ptr + row * (n * n) + e, H_res, mask=valid)
+            H_res = tl.reshape(sinkhorn(tl.reshape(H_res, [BT, n, n]), ITERATIONS), [BT, n * n])
+        tl.store(H_res_ptr + rows[:, None] * (n * n) + e[None, :], H_res, mask=inside)
     return pre if HC else tl.sigmoid(pre)
 
 
@@ -115,6 +114,7 @@ def read_kernel(
     VARIANT: tl.constexpr,
     ITERATIONS: tl.constexpr,
     NORM: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """H of a tile of tokens from the projection's partial sums, then u over all channels."""
@@ -127,7 +127,7 @@ def read_kernel(
     tl.store(inverse_rms_ptr + rows, inverse_rms, mask=mask)
     H_pre = write_coefficients(
         projected_ptr, parts, part_rows * KP, inverse_rms, alpha_ptr, bias_ptr, permutations_ptr,
-        p_ptr, H_post_ptr, H_res_ptr, rows, mask, n, K, KP, R, RP, VARIANT, ITERATIONS,
+        p_ptr, H_post_ptr, H_res_ptr, rows, mask, n, K, KP, R, RP, BT, VARIANT, ITERATIONS,
     )  # fmt: skip
     if NORM:
         H_pre *= read_scale(
@@ -137,7 +137,7 @@ def read_kernel(
     for i in tl.static_range(n):
         weights = weights + (column_of(H_pre, i, n)[:, None],)
     inside = mask[:, None]
-    for c0 in tl.range(0, C, BC):
+    for c0 in tl.range(0, C, BC, num_stages=STAGES):
         channels = c0 + tl.arange(0, BC)
         at = rows[:, None] * (n * C) + channels[None, :]
         u = tl.zeros([BT, BC], tl.float32)
@@ -167,6 +167,7 @@ def read_grad_kernel(
     BC: tl.constexpr,
     NORM: tl.constexpr,
     WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """read_grad [T, n] = du . x_i (NORM: weight * du), the only reduction before dlogits.
@@ -184,7 +185,7 @@ def read_grad_kernel(
     sums = ()
     for i in tl.static_range(n):
         sums = sums + (tl.zeros([BT, BC // 8], tl.float32),)
-    for c0 in tl.range(0, C, BC):
+    for c0 in tl.range(0, C, BC, num_stages=STAGES):
         channels = c0 + tl.arange(0, BC)
         at = rows[:, None] * (n * C) + channels[None, :]
         to = rows[:, None] * C + channels[None, :]
@@ -215,6 +216,7 @@ def phi_grad_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
     SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """dphi [parts, K, size] (size = n*C): x^T w over the part's blocks of BT tokens, BC columns.
@@ -227,7 +229,9 @@ def phi_grad_kernel(
     part = tl.program_id(1)
     width: tl.constexpr = 2 * KP if SPLIT else KP
     acc = tl.zeros([BC, width], tl.float32)
-    for block in tl.range(part * per_part, min((part + 1) * per_part, tl.cdiv(T, BT))):
+    for block in tl.range(
+        part * per_part, min((part + 1) * per_part, tl.cdiv(T, BT)), num_stages=STAGES
+    ):
         x = x_desc.load([block * BT, column])
         w = w_desc.load([block * BT, 0])
         if x_desc.dtype == tl.float16:
