@@ -15,7 +15,7 @@ the sum over tokens of w[k] x.
 import triton
 import triton.language as tl
 
-from .device import sinkhorn_grad, sum_parts, tanh, wait_for_inputs
+from .device import load_columns, sinkhorn_grad, sum_parts, tanh, wait_for_inputs
 
 
 @triton.jit
@@ -75,96 +75,126 @@ def two_sided(p, alpha, b, HC: tl.constexpr):
     return alpha * a + b, a
 
 
-@triton.jit(do_not_specialize=["T", "sum_blocks"])
-def coefficients_grad_kernel(
-    p_ptr,
-    inverse_rms_ptr,
-    alpha_ptr,
-    bias_ptr,
-    permutations_ptr,
-    gram_ptr,
-    read_grad_ptr,
-    dH_post_ptr,
-    dH_res_ptr,
-    token_ptr,
-    w_ptr,
-    sums_ptr,
-    T,
-    n: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    R: tl.constexpr,
-    RP: tl.constexpr,
-    BT: tl.constexpr,
-    VARIANT: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-    NORM: tl.constexpr,
-    norm_eps,
-    HAS_DPOST: tl.constexpr,
-    HAS_DRES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """dlogits of BT tokens from read_grad (du . x_i), dH_post and dH_res.
+@triton.jit
+def write_logits_grad(
+    block, row_block, p_ptr, inverse_rms_ptr, alpha_ptr, bias_ptr, permutations_ptr, dH_post_ptr,
+    dH_res_ptr, token_ptr, w_ptr, sums_ptr, T,
+    n: tl.constexpr, C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, R: tl.constexpr,
+    RP: tl.constexpr, BT: tl.constexpr, VARIANT: tl.constexpr, ITERATIONS: tl.constexpr,
+    HAS_DPOST: tl.constexpr, HAS_DRES: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """dlogits of post and res of BT tokens, from dH_post and dH_res; needs nothing of this backward.
 
-    Writes token [T, n + 3] = H_pre, norm, and with NORM the factors of weight * du and of z in
-    z's gradient (z = H_pre x before the norm); w [T, 2 KP] bf16 high and low (SPLIT) or [T, KP];
-    sums [blocks, 2 KP]: this block's sums of dlogits and of dlogits * p.
+    Writes their columns of w (and zeros in its padding), their share of norm (token column n + 1)
+    and row ``row_block`` of sums: the block's sums of dlogits and of dlogits * p.
     """
-    wait_for_inputs(PDL)
     HC: tl.constexpr = VARIANT == "hc"
-    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    rows = (block * BT + tl.arange(0, BT)).to(tl.int64)
     mask = rows < T
-    i = tl.arange(0, n)
-    at = rows[:, None] * K + i[None, :]
-    at_n = rows[:, None] * n + i[None, :]
     inside = mask[:, None]
+    clear_row(sums_ptr, row_block, KP)
+    clear_padding(w_ptr, rows, inside, K, KP, SPLIT)
+    i = tl.arange(0, n)
     inverse_rms = tl.load(inverse_rms_ptr + rows, mask=mask, other=0.0)
-
-    p_pre = tl.load(p_ptr + at, mask=inside, other=0.0)
-    p_post = tl.load(p_ptr + at + n, mask=inside, other=0.0)
-    alpha_pre = tl.load(alpha_ptr)
-    alpha_post = tl.load(alpha_ptr + 1)
-    logits_pre, a_pre = two_sided(p_pre, alpha_pre, tl.load(bias_ptr + i)[None, :], HC)
-    logits_post, a_post = two_sided(p_post, alpha_post, tl.load(bias_ptr + n + i)[None, :], HC)
-
-    H_pre = logits_pre if HC else tl.sigmoid(logits_pre)
-    dH_pre = tl.load(read_grad_ptr + at_n, mask=inside, other=0.0)
-    if NORM:
-        z_x, square = gram_products(gram_ptr, H_pre, rows, inside, 1, 0, n)
-        inverse = tl.rsqrt(square / C + norm_eps)
-        factor = inverse * inverse * inverse / C * tl.sum(H_pre * dH_pre, axis=1)
-        dH_pre = inverse[:, None] * dH_pre - factor[:, None] * z_x
-        tl.store(token_ptr + rows * (n + 3) + n + 1, inverse, mask=mask)
-        tl.store(token_ptr + rows * (n + 3) + n + 2, factor, mask=mask)
-    tl.store(token_ptr + rows[:, None] * (n + 3) + i[None, :], H_pre, mask=inside)
-
-    d_pre = dH_pre if HC else dH_pre * H_pre * (1.0 - H_pre)
-    d_post = tl.zeros([BT, n], tl.float32)
+    alpha = tl.load(alpha_ptr + 1)
+    p = tl.load(p_ptr + rows[:, None] * K + n + i[None, :], mask=inside, other=0.0)
+    logits, a = two_sided(p, alpha, tl.load(bias_ptr + n + i)[None, :], HC)
+    d = tl.zeros([BT, n], tl.float32)
     if HAS_DPOST:
-        d_post = tl.load(dH_post_ptr + at_n, mask=inside, other=0.0)
+        d = tl.load(dH_post_ptr + rows[:, None] * n + i[None, :], mask=inside, other=0.0)
         if not HC:
-            half = tl.sigmoid(logits_post)
-            d_post = d_post * (2.0 * half * (1.0 - half))
-    dot = store_part(d_pre, p_pre, a_pre, alpha_pre, inverse_rms, w_ptr, sums_ptr, rows, mask, 0, n, n, KP, HC, SPLIT)
-    dot += store_part(d_post, p_post, a_post, alpha_post, inverse_rms, w_ptr, sums_ptr, rows, mask, n, n, n, KP, HC, SPLIT)
+            half = tl.sigmoid(logits)
+            d = d * (2.0 * half * (1.0 - half))
+    dot = store_part(
+        d, p, a, alpha, inverse_rms, w_ptr, sums_ptr, row_block, rows, mask, n, n, n, KP, HC, SPLIT
+    )
     if R > 0:
-        alpha_res = tl.load(alpha_ptr + 2)
+        alpha = tl.load(alpha_ptr + 2)
+        d = tl.zeros([BT, RP], tl.float32)
+        p = d
+        a = d
         if HAS_DRES:
-            d_res, p_res, a_res = res_grad(
-                p_ptr, bias_ptr, permutations_ptr, dH_res_ptr, alpha_res, rows, mask,
+            d, p, a = res_grad(
+                p_ptr, bias_ptr, permutations_ptr, dH_res_ptr, alpha, rows, mask,
                 n, K, R, RP, BT, VARIANT, ITERATIONS,
             )  # fmt: skip
-        else:
-            d_res = tl.zeros([BT, RP], tl.float32)
-            p_res = tl.zeros([BT, RP], tl.float32)
-            a_res = p_res
-        dot += store_part(d_res, p_res, a_res, alpha_res, inverse_rms, w_ptr, sums_ptr, rows, mask, 2 * n, R, RP, KP, HC, SPLIT)
+        dot += store_part(
+            d, p, a, alpha, inverse_rms, w_ptr, sums_ptr, row_block, rows, mask,
+            2 * n, R, RP, KP, HC, SPLIT,
+        )  # fmt: skip
     norm = -dot * inverse_rms * inverse_rms / (n * C)
-    tl.store(token_ptr + rows * (n + 3) + n, norm, mask=mask)
-    if KP > K:
-        clear_padding(w_ptr, sums_ptr, rows, inside, K, KP, SPLIT)
+    tl.store(token_ptr + rows * (n + 4) + n + 1, norm, mask=mask)
+
+
+@triton.jit
+def write_pre_grad(
+    read_grad, row_block, p_ptr, inverse_rms_ptr, alpha_ptr, bias_ptr, gram_ptr, token_ptr, w_ptr,
+    sums_ptr, rows, mask, norm_eps,
+    n: tl.constexpr, C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, HC: tl.constexpr,
+    NORM: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """dlogits of pre for a tile of tokens, from read_grad = (du . x_i), a tuple of [BT].
+
+    Writes the pre columns of w, row ``row_block`` of sums, and of token [T, n + 4]: H_pre, the pre
+    rows' share of norm (n), and with NORM the factors of weight * du (n + 2) and of z (n + 3) in
+    the gradient of z = H_pre x, which the norm follows.
+    """
+    inverse_rms = tl.load(inverse_rms_ptr + rows, mask=mask, other=0.0)
+    alpha = tl.load(alpha_ptr)
+    clear_row(sums_ptr, row_block, KP)
+    p = load_columns(p_ptr, rows, K, 0, n, mask)
+    H_pre = ()
+    slope = ()
+    for i in tl.static_range(n):
+        a = tanh(p[i]) if HC else p[i]
+        logit = alpha * a + tl.load(bias_ptr + i)
+        H = logit if HC else tl.sigmoid(logit)
+        H_pre = H_pre + (H,)
+        slope = slope + ((1.0 if HC else H * (1.0 - H)),)
+        tl.store(token_ptr + rows * (n + 4) + i, H, mask=mask)
+    if NORM:
+        read_grad = through_norm(read_grad, H_pre, gram_ptr, token_ptr, rows, mask, norm_eps, n, C)
+    dot = tl.zeros_like(inverse_rms)
+    for i in tl.static_range(n):
+        d = tl.where(mask, read_grad[i] * slope[i], 0.0)
+        a = tanh(p[i]) if HC else p[i]
+        tl.store(sums_ptr + row_block * (2 * KP) + i, tl.sum(d, axis=0))
+        tl.store(sums_ptr + row_block * (2 * KP) + KP + i, tl.sum(d * a, axis=0))
+        dp = alpha * d * (1.0 - a * a) if HC else alpha * d
+        dot += dp * p[i]
+        store_w(w_ptr, dp * inverse_rms, rows, i, mask, KP, SPLIT)
+    norm = -dot * inverse_rms * inverse_rms / (n * C)
+    tl.store(token_ptr + rows * (n + 4) + n, norm, mask=mask)
+
+
+@triton.jit
+def through_norm(
+    read_grad, H_pre, gram_ptr, token_ptr, rows, mask, norm_eps, n: tl.constexpr, C: tl.constexpr
+):
+    """dH_pre through the norm on u = weight * z / rms(z): from weight * du . x_i and x_i . x_j."""
+    count: tl.constexpr = n * (n + 1) // 2
+    gram = load_columns(gram_ptr, rows, count, 0, count, mask)
+    square = tl.zeros_like(H_pre[0])
+    along = tl.zeros_like(H_pre[0])
+    z_x = ()
+    for i in tl.static_range(n):
+        product = tl.zeros_like(H_pre[0])
+        for j in tl.static_range(n):
+            if i < j:
+                product += H_pre[j] * gram[i * n - i * (i - 1) // 2 + j - i]
+            else:
+                product += H_pre[j] * gram[j * n - j * (j - 1) // 2 + i - j]
+        z_x = z_x + (product,)
+        square += H_pre[i] * product
+        along += H_pre[i] * read_grad[i]
+    inverse = tl.rsqrt(square / C + norm_eps)
+    factor = inverse * inverse * inverse / C * along
+    tl.store(token_ptr + rows * (n + 4) + n + 2, inverse, mask=mask)
+    tl.store(token_ptr + rows * (n + 4) + n + 3, factor, mask=mask)
+    out = ()
+    for i in tl.static_range(n):
+        out = out + (inverse * read_grad[i] - factor * z_x[i],)
+    return out
 
 
 @triton.jit
@@ -212,7 +242,7 @@ def res_grad(
 
 @triton.jit
 def store_part(
-    d, p, a, alpha, inverse_rms, w_ptr, sums_ptr, rows, mask,
+    d, p, a, alpha, inverse_rms, w_ptr, sums_ptr, row_block, rows, mask,
     first: tl.constexpr, count: tl.constexpr, width: tl.constexpr, KP: tl.constexpr,
     HC: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -223,36 +253,45 @@ def store_part(
     j = tl.arange(0, width)
     inside = mask[:, None] & (j < count)[None, :]
     d = tl.where(inside, d, 0.0)
-    at = sums_ptr + tl.program_id(0) * (2 * KP) + first + j
+    at = sums_ptr + row_block * (2 * KP) + first + j
     tl.store(at, tl.sum(d, axis=0), mask=j < count)
     tl.store(at + KP, tl.sum(d * a, axis=0), mask=j < count)
     dp = alpha * d
     if HC:
         dp = dp * (1.0 - a * a)
-    w = dp * inverse_rms[:, None]
-    if SPLIT:
-        hi = w.to(tl.bfloat16)
-        to = w_ptr + rows[:, None] * (2 * KP) + first + j[None, :]
-        tl.store(to, hi, mask=inside)
-        tl.store(to + KP, (w - hi.to(tl.float32)).to(tl.bfloat16), mask=inside)
-    else:
-        tl.store(w_ptr + rows[:, None] * KP + first + j[None, :], w, mask=inside)
+    store_w(w_ptr, dp * inverse_rms[:, None], rows[:, None], first + j[None, :], inside, KP, SPLIT)
     return tl.sum(dp * p, axis=1)
 
 
 @triton.jit
-def clear_padding(
-    w_ptr, sums_ptr, rows, inside, K: tl.constexpr, KP: tl.constexpr, SPLIT: tl.constexpr
-):
-    """Zeros in columns K .. KP, which the matrix products read."""
-    k = tl.arange(0, KP)
-    width: tl.constexpr = 2 * KP if SPLIT else KP
-    padding = inside & (k >= K)[None, :]
-    zero = tl.zeros([1, KP], w_ptr.dtype.element_ty)
-    at = w_ptr + rows[:, None] * width + k[None, :]
-    tl.store(at, zero, mask=padding)
+def store_w(w_ptr, w, rows, column, inside, KP: tl.constexpr, SPLIT: tl.constexpr):
+    """Entries of w [T, KP], or of [T, 2 KP] as bf16 high and low parts (SPLIT)."""
     if SPLIT:
-        tl.store(at + KP, zero, mask=padding)
-    at = sums_ptr + tl.program_id(0) * (2 * KP) + k
-    tl.store(at, 0.0, mask=k >= K)
-    tl.store(at + KP, 0.0, mask=k >= K)
+        high = w.to(tl.bfloat16)
+        tl.store(w_ptr + rows * (2 * KP) + column, high, mask=inside)
+        low = (w - high.to(tl.float32)).to(tl.bfloat16)
+        tl.store(w_ptr + rows * (2 * KP) + KP + column, low, mask=inside)
+    else:
+        tl.store(w_ptr + rows * KP + column, w, mask=inside)
+
+
+@triton.jit
+def clear_row(sums_ptr, row_block, KP: tl.constexpr):
+    """Zeros in a block's row of sums, before the columns that are its own."""
+    tl.store(sums_ptr + row_block * (2 * KP) + tl.arange(0, 2 * KP), 0.0)
+    tl.debug_barrier()
+
+
+@triton.jit
+def clear_padding(
+    w_ptr, rows, inside, K: tl.constexpr, KP: tl.constexpr, SPLIT: tl.constexpr
+):
+    """Zeros in columns K .. KP of w, which the matrix products read."""
+    if KP > K:
+        k = tl.arange(0, KP)
+        width: tl.constexpr = 2 * KP if SPLIT else KP
+        zero = tl.zeros([1, KP], w_ptr.dtype.element_ty)
+        at = w_ptr + rows[:, None] * width + k[None, :]
+        tl.store(at, zero, mask=inside & (k >= K)[None, :])
+        if SPLIT:
+            tl.store(at + KP, zero, mask=inside & (k >= K)[None, :])

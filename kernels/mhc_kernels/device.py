@@ -42,9 +42,9 @@ def zeros_tuple(count: tl.constexpr, BT: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def pin(x):
+def pin(x, PIN: tl.constexpr):
     """x itself, opaque to the compiler: its arithmetic is not repeated for every use."""
-    if not INTERPRETED:
+    if PIN:
         if x.dtype == tl.float32:
             x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, 1)
         else:
@@ -88,6 +88,19 @@ def sum_parts(ptr, offsets, parts, stride, mask):
     for s in range(1, parts):
         total += tl.load(ptr + s * stride + offsets, mask=mask, other=0.0)
     return total
+
+
+@triton.jit
+def arrive(counter_ptr):
+    """Counts this block, after its stores; the blocks that counted before it, before its loads.
+
+    The last of several blocks adds what all of them stored, in a fixed order: the sums do not
+    depend on which one it is. Counters are cleared by a kernel earlier in the same backward.
+    """
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return arrived
 
 
 @triton.jit

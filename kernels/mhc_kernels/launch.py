@@ -6,6 +6,7 @@ stream, each in a fixed order of sums: two runs agree bit for bit.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
-from .coefficients import coefficients_grad_kernel, split_phi_kernel
+from .coefficients import split_phi_kernel
 from .post import post_kernel
 from .post_pre import boundary_grad_kernel, post_project_kernel
-from .pre import norm_weight_grad_kernel, phi_grad_kernel, read_grad_kernel, read_kernel
+from .pre import logits_grad_kernel, norm_weight_grad_kernel, phi_grad_kernel, read_kernel
 from .reference import permutations, phi_rows, res_rows
 from .refill import refill_kernel
 
@@ -55,10 +56,20 @@ class Plan:
         self.KP = max(16, triton.next_power_of_2(self.K))
         self.RP = triton.next_power_of_2(max(1, self.R))
         self.split = x.dtype != torch.float32
+        # sm_90's compiler repeats arithmetic for every use; newer ones refuse the fence.
+        self.pin = self.arch == 90 and not INTERPRETED
         self.pdl = self.arch >= 90 and not INTERPRETED
 
     def block(self, kernel: str) -> tuning.Block:
         return tuning.block(kernel, self.n, self.C, self.dtype.itemsize, self.arch)
+
+    def phi_columns(self) -> int:
+        """Blocks of columns in ``phi_grad``."""
+        return self.n * self.C // self.block("phi_grad").BC
+
+    def boundary_tiles(self) -> int:
+        """Tiles of tokens in ``boundary_grad``."""
+        return triton.cdiv(self.T, self.block("boundary_grad").BT)
 
     def new(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=self.device)
@@ -139,6 +150,7 @@ def project(
         Y_BIAS=y_bias is not None,
         GRAM=norm,
         SPLIT=s.split,
+        PIN=s.pin,
         **s.options(b, looped=True),
     )
     return x_next, projected, gram
@@ -197,6 +209,17 @@ def read(
     return u, H_post, H_res, p, inverse_rms, gram
 
 
+@dataclass
+class LogitsGrad:
+    """What the gradient of the logits leaves for the kernels after it."""
+
+    token: Tensor  # [T, n + 4]: H_pre, the norm's two shares, two factors of a fused norm
+    w: Tensor  # [T, 2 KP] bf16 high and low, or [T, KP] float32
+    sums: Tensor  # [blocks, 2 KP]: sums of dlogits and dlogits * p
+    split: Tensor | None  # [2, K, nC] bf16: phi, high and low
+    counters: Tensor  # int32 zeros: one a block of phi_grad, then one a tile of boundary_grad
+
+
 def logits_grad(
     s: Plan,
     x: Tensor,
@@ -212,37 +235,43 @@ def logits_grad(
     gram: Tensor,
     iterations: int,
     norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """token factors, w, sums of dlogits by block, and phi split for the kernels that follow."""
-    norm = norm_weight is not None
-    b = s.block("read_grad")
-    tiles = triton.cdiv(s.T, b.BT)
-    split = s.new(2, s.K, s.n * s.C, dtype=torch.bfloat16) if s.split else None
-    splitters = triton.cdiv(phi.numel(), PHI_WIDTH) if s.split else 0
-    read_grad = s.new(s.T, s.n)
-    read_grad_kernel[_grid(tiles + splitters)](
-        x, du, norm_weight, read_grad, phi, split, s.T, tiles, phi.numel(),
-        n=s.n, C=s.C, K=s.K, BT=b.BT, BC=b.BC, NORM=norm, WIDTH=PHI_WIDTH, **s.options(b, looped=True),
-    )  # fmt: skip
-    b = s.block("coefficients_grad")
-    blocks = triton.cdiv(s.T, b.BT)
-    token = s.new(s.T, s.n + 3)
-    w = s.new(s.T, 2 * s.KP, dtype=torch.bfloat16) if s.split else s.new(s.T, s.KP)
-    sums = s.new(blocks, 2 * s.KP)
-    coefficients_grad_kernel[_grid(blocks)](
+) -> LogitsGrad:
+    """The gradient of the logits, from du and dH."""
+    b, logit_b = s.block("read_grad"), s.block("logits_grad")
+    tiles, logit_blocks = triton.cdiv(s.T, b.BT), triton.cdiv(s.T, logit_b.BT)
+    counters = s.new(s.phi_columns() + s.boundary_tiles(), dtype=torch.int32)
+    out = LogitsGrad(
+        token=s.new(s.T, s.n + 4),
+        w=s.new(s.T, 2 * s.KP, dtype=torch.bfloat16) if s.split else s.new(s.T, s.KP),
+        sums=s.new(logit_blocks + tiles, 2 * s.KP),
+        split=s.new(2, s.K, s.n * s.C, dtype=torch.bfloat16) if s.split else None,
+        counters=counters,
+    )
+    last = max(phi.numel() if s.split else 0, counters.numel())
+    logits_grad_kernel[_grid(logit_blocks + tiles + triton.cdiv(last, PHI_WIDTH))](
+        x,
+        du,
+        norm_weight,
         p,
         inverse_rms,
         alpha,
         bias,
         _permutation_table(s.n, s.device) if s.variant == "birkhoff" else None,
         gram,
-        read_grad,
         dH_post,
         dH_res,
-        token,
-        w,
-        sums,
+        out.token,
+        out.w,
+        out.sums,
+        counters,
+        phi,
+        out.split,
         s.T,
+        logit_blocks,
+        tiles,
+        counters.numel(),
+        phi.numel(),
+        norm_eps,
         n=s.n,
         C=s.C,
         K=s.K,
@@ -250,41 +279,54 @@ def logits_grad(
         R=s.R,
         RP=s.RP,
         BT=b.BT,
+        BC=b.BC,
+        LOGIT_BT=logit_b.BT,
         VARIANT=s.variant,
         ITERATIONS=iterations,
-        NORM=norm,
-        norm_eps=norm_eps,
+        NORM=norm_weight is not None,
         HAS_DPOST=dH_post is not None,
         HAS_DRES=dH_res is not None,
         SPLIT=s.split,
-        **s.options(b),
+        WIDTH=PHI_WIDTH,
+        **s.options(b, looped=True),
     )
-    return token, w, sums, split
+    return out
 
 
-def phi_grad(s: Plan, x: Tensor, w: Tensor) -> Tensor:
-    """dphi [parts, K, nC]: partial sums over parts of the tokens."""
+def phi_grad(
+    s: Plan, x: Tensor, logits: LogitsGrad, alpha: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dphi [K, nC], dalpha and dbias."""
     b = s.block("phi_grad")
-    columns, blocks = s.n * s.C // b.BC, triton.cdiv(s.T, b.BT)
+    columns, blocks = s.phi_columns(), triton.cdiv(s.T, b.BT)
     parts = tuning.parts(columns, min(b.split, blocks), s.multiprocessors, waves=2)
     per_part = triton.cdiv(blocks, parts)
     parts = triton.cdiv(blocks, per_part)
-    dphi = s.new(parts, s.K, s.n * s.C)
-    phi_grad_kernel[_grid(columns, parts)](
+    dphi, dalpha, dbias = s.new(s.K, s.n * s.C), torch.empty_like(alpha), s.new(s.K)
+    phi_grad_kernel[_grid(columns + 1, parts)](
         s.rows(x, b),
-        s.rows(w, b, w.shape[1]),
+        s.rows(logits.w, b, logits.w.shape[1]),
+        s.new(parts if parts > 1 else 0, s.K, s.n * s.C),
         dphi,
+        logits.counters,
+        logits.sums,
+        dalpha,
+        dbias,
         s.T,
+        parts,
         per_part,
-        size=s.n * s.C,
+        logits.sums.shape[0],
+        n=s.n,
+        C=s.C,
         K=s.K,
         KP=s.KP,
         BT=b.BT,
         BC=b.BC,
+        RES=s.R > 0,
         SPLIT=s.split,
         **s.options(b, looped=True),
     )
-    return dphi
+    return dphi, dalpha, dbias
 
 
 def boundary_grad(
@@ -295,71 +337,65 @@ def boundary_grad(
     H_post: Tensor | None,
     H_res: Tensor | None,
     g: Tensor | None,
-    pre: tuple[Tensor, ...] | None,
-) -> dict[str, Tensor]:
-    """dx, dy, dH_post, dH_res and the finished dphi, dalpha, dbias.
-
-    pre: (du, phi, alpha, token, w, sums, split, dphi parts, norm_weight) or None without a pre.
-    """
+    du: Tensor | None = None,
+    phi: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    logits: LogitsGrad | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dy, dH_post, dH_res. Without y: of a pre alone; without logits: of a post alone."""
     b = s.block("boundary_grad")
-    du = phi = alpha = token = w = sums = split = dphi_parts = norm_weight = None
-    if pre is not None:
-        du, phi, alpha, token, w, sums, split, dphi_parts, norm_weight = pre
-    out = {"dx": torch.empty_like(x)}
+    tiles, chunks = s.boundary_tiles(), s.C // b.BC
+    parts = per_part = 1
+    dx, dy, dH_post, dH_res, partial = torch.empty_like(x), None, None, None, None
+    counters = None if logits is None else logits.counters[s.phi_columns() :]
+    parts = tuning.parts(tiles, min(b.split, chunks), s.multiprocessors)
+    per_part = triton.cdiv(chunks, parts)
+    parts = triton.cdiv(chunks, per_part)
     if y is not None:
-        out |= {"dy": torch.empty_like(y), "dH_post": s.new(s.T, s.n)}
-        if H_res is not None:
-            out["dH_res"] = s.new(s.T, s.n * s.n)
-    finishers, phi_parts = 0, 0
-    if pre is not None:
-        phi_parts = dphi_parts.shape[0]
-        out |= {"dalpha": torch.empty_like(alpha), "dbias": s.new(s.K)}
-        out["dphi"] = dphi_parts[0] if phi_parts == 1 else s.new(s.K, s.n * s.C)
-        finishers = 1 + (triton.cdiv(phi.numel(), PHI_WIDTH) if phi_parts > 1 else 0)
+        dy, dH_post = torch.empty_like(y), s.new(s.T, s.n)
+        dH_res = None if H_res is None else s.new(s.T, s.n, s.n)
+        partial = s.new(s.n + (0 if H_res is None else s.n * s.n), parts, s.T)
+        if counters is None:
+            counters = torch.zeros(tiles, dtype=torch.int32, device=s.device)
     x_desc = s.rows(x, b)
-    boundary_grad_kernel[_grid(finishers + triton.cdiv(s.T, b.BT))](
+    boundary_grad_kernel[_grid(tiles, parts)](
         x_desc,
         x_desc if y is None else s.rows(y, b),
         x_desc if g is None else s.rows(g, b),
         x_desc if du is None else s.rows(du, b),
-        x_desc if phi is None else s.phi(phi, split, b.BC, both=False),
-        s.rows(out["dx"], b),
-        x_desc if y is None else s.rows(out["dy"], b),
+        x_desc if phi is None else s.phi(phi, logits.split, b.BC, both=False),
+        s.rows(dx, b),
+        x_desc if y is None else s.rows(dy, b),
         y_bias,
         norm_weight,
         H_post,
         H_res,
-        token,
-        w,
-        out.get("dH_post"),
-        out.get("dH_res"),
-        dphi_parts,
-        out.get("dphi"),
-        sums,
-        out.get("dalpha"),
-        out.get("dbias"),
+        None if logits is None else logits.token,
+        None if logits is None else logits.w,
+        dH_post,
+        dH_res,
+        partial,
+        counters,
         s.T,
-        finishers,
-        phi_parts,
-        0 if sums is None else sums.shape[0],
+        parts,
+        per_part,
         n=s.n,
         C=s.C,
         K=s.K,
         KP=s.KP,
         BT=b.BT,
         BC=b.BC,
-        PRE=pre is not None,
+        PRE=logits is not None,
         POST=y is not None,
         RES=H_res is not None,
         HAS_G=g is not None,
         Y_BIAS=y_bias is not None,
         NORM=norm_weight is not None,
-        RES_ALPHA=s.R > 0,
         SPLIT=s.split,
-        WIDTH=PHI_WIDTH,
+        PIN=s.pin,
         **s.options(b, looped=True),
     )
-    return out
+    return dx, dy, dH_post, dH_res
 
 
 def norm_weight_grad(s: Plan, x: Tensor, du: Tensor, token: Tensor, weight: Tensor) -> Tensor:

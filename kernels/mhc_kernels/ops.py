@@ -117,17 +117,16 @@ def boundary_backward_op(
     x, y, x_next, g, du = _ready(x), _ready(y), _ready(x_next), _ready(g), _ready(du)
     phi = _ready(phi)
     with torch.cuda.device_of(x):
-        token, w, sums, split = launch.logits_grad(
+        logits = launch.logits_grad(
             s, x_next, du, dH_post, dH_res, phi, alpha, bias, norm_weight, p, inverse_rms, gram,
             iterations, norm_eps,
         )  # fmt: skip
-        dphi = launch.phi_grad(s, x_next, w)
-        pre = (du, phi, alpha, token, w, sums, split, dphi, norm_weight)
-        out = launch.boundary_grad(s, x, y, y_bias, H_post, H_res, g, pre)
+        parameters = launch.phi_grad(s, x_next, logits, alpha)
+        streams = launch.boundary_grad(s, x, y, y_bias, H_post, H_res, g, du, phi, norm_weight, logits)
+        dnorm = None
         if norm_weight is not None:
-            out["dnorm"] = launch.norm_weight_grad(s, x_next, du, token, norm_weight)
-    names = ("dx", "dy", "dH_post", "dH_res", "dphi", "dalpha", "dbias", "dnorm")
-    return tuple(out[name] if name in out else x.new_empty(0) for name in names)
+            dnorm = launch.norm_weight_grad(s, x_next, du, logits.token, norm_weight)
+    return tuple(x.new_empty(0) if t is None else t for t in (*streams, *parameters, dnorm))
 
 
 @boundary_backward_op.register_fake
@@ -152,9 +151,8 @@ def post_backward_op(
     s = Plan(x)
     x, y, g = _ready(x), _ready(y), _ready(g)
     with torch.cuda.device_of(x):
-        out = launch.boundary_grad(s, x, y, y_bias, H_post, H_res, g, None)
-    dH_res = out.get("dH_res")
-    return out["dx"], out["dy"], out["dH_post"], x.new_empty(0) if dH_res is None else dH_res
+        dx, dy, dH_post, dH_res = launch.boundary_grad(s, x, y, y_bias, H_post, H_res, g)
+    return dx, dy, dH_post, x.new_empty(0) if dH_res is None else dH_res
 
 
 @post_backward_op.register_fake

@@ -21,7 +21,7 @@ x_next is made again from x and y, G never leaves the registers.
 import triton
 import triton.language as tl
 
-from .device import dot, fold, load_columns, pin, wait_for_inputs, zeros_tuple
+from .device import arrive, dot, fold, load_columns, pin, sum_parts, wait_for_inputs, zeros_tuple
 
 
 @triton.jit
@@ -84,6 +84,7 @@ def post_project_kernel(
     Y_BIAS: tl.constexpr,
     GRAM: tl.constexpr,
     SPLIT: tl.constexpr,
+    PIN: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -116,7 +117,7 @@ def post_project_kernel(
             x = load_tiles(x_desc, t0, c0, n, C)
             y = load_y(y_desc, y_bias_ptr, t0, c0, BC, Y_BIAS)
             for o in tl.static_range(n):
-                out = pin(mix(x, y, H_res, H_post, o, n, RES).to(x_next_desc.dtype))
+                out = pin(mix(x, y, H_res, H_post, o, n, RES).to(x_next_desc.dtype), PIN)
                 x_next_desc.store([t0, o * C + c0], out)
                 streams = streams + (out,)
         else:
@@ -187,49 +188,6 @@ def load_w(w_ptr, rows, mask, KP: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def finish_sums(
-    part,
-    phi_parts_ptr,
-    dphi_ptr,
-    sums_ptr,
-    dalpha_ptr,
-    dbias_ptr,
-    phi_parts,
-    sum_parts_count,
-    n: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    RES_ALPHA: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The ordered sums over blocks: program 0 dalpha and dbias, the others WIDTH entries of dphi."""
-    if part == 0:
-        k = tl.arange(0, KP)
-        bias = tl.zeros([64, KP], tl.float32)
-        scale = tl.zeros([64, KP], tl.float32)
-        for first in range(0, sum_parts_count, 64):
-            row = first + tl.arange(0, 64)
-            at = sums_ptr + row[:, None] * (2 * KP) + k[None, :]
-            inside = (row < sum_parts_count)[:, None]
-            bias += tl.load(at, mask=inside, other=0.0)
-            scale += tl.load(at + KP, mask=inside, other=0.0)
-        tl.store(dbias_ptr + k, tl.sum(bias, axis=0), mask=k < K)
-        scale_k = tl.sum(scale, axis=0)
-        tl.store(dalpha_ptr, tl.sum(tl.where(k < n, scale_k, 0.0), axis=0))
-        tl.store(dalpha_ptr + 1, tl.sum(tl.where((k >= n) & (k < 2 * n), scale_k, 0.0), axis=0))
-        if RES_ALPHA:
-            tl.store(dalpha_ptr + 2, tl.sum(tl.where(k >= 2 * n, scale_k, 0.0), axis=0))
-    else:
-        at = (part - 1) * WIDTH + tl.arange(0, WIDTH)
-        inside = at < K * n * C
-        total = tl.zeros([WIDTH], tl.float32)
-        for s in range(phi_parts):
-            total += tl.load(phi_parts_ptr + s * (K * n * C) + at, mask=inside, other=0.0)
-        tl.store(dphi_ptr + at, total, mask=inside)
-
-
-@triton.jit
 def total_gradient(
     o: tl.constexpr,
     g,
@@ -238,21 +196,22 @@ def total_gradient(
     du,
     H_post,
     H_res,
-    token,
+    H_pre,
+    norm,
     acc,
     n: tl.constexpr,
     POST: tl.constexpr,
     RES: tl.constexpr,
 ):
-    """G[o] without a fused norm on u; token = (H_pre[0..n-1], norm factor)."""
+    """G[o] = acc + g + H_pre[o] du + norm x_next[o]; acc is w phi."""
     if POST:
         x_next = mix(x, y, H_res, H_post, o, n, RES)
     else:
         x_next = x[o]
-    return acc + g + token[o][:, None] * du + token[n][:, None] * x_next
+    return acc + g + H_pre[o][:, None] * du + norm[:, None] * x_next
 
 
-@triton.jit(do_not_specialize=["T", "finishers", "phi_parts", "sum_parts_count"])
+@triton.jit(do_not_specialize=["T", "parts", "per_part"])
 def boundary_grad_kernel(
     x_desc,
     y_desc,
@@ -269,15 +228,11 @@ def boundary_grad_kernel(
     w_ptr,
     dH_post_ptr,
     dH_res_ptr,
-    phi_parts_ptr,
-    dphi_ptr,
-    sums_ptr,
-    dalpha_ptr,
-    dbias_ptr,
+    parts_ptr,
+    counter_ptr,
     T,
-    finishers,
-    phi_parts,
-    sum_parts_count,
+    parts,
+    per_part,
     n: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -290,27 +245,19 @@ def boundary_grad_kernel(
     HAS_G: tl.constexpr,
     Y_BIAS: tl.constexpr,
     NORM: tl.constexpr,
-    RES_ALPHA: tl.constexpr,
     SPLIT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    PIN: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The module docstring's last four lines for a tile of tokens and all channels.
+    """The module docstring's last four lines for a tile of tokens and a part of the channels.
 
     PRE: there is a next pre (du, w, token); POST: there is a post (y, H). Without POST x is
-    x_next and dx = G. The first ``finishers`` programs do ``finish_sums``.
+    x_next and dx = G. Of several parts the one that ends last adds the sums over channels.
     """
     wait_for_inputs(PDL)
     tile = tl.program_id(0)
-    if PRE:
-        if tile < finishers:
-            finish_sums(
-                tile, phi_parts_ptr, dphi_ptr, sums_ptr, dalpha_ptr, dbias_ptr,
-                phi_parts, sum_parts_count, n, C, K, KP, RES_ALPHA, WIDTH,
-            )  # fmt: skip
-            return
-        tile -= finishers
+    part = tl.program_id(1)
     t0 = tile * BT
     rows = (t0 + tl.arange(0, BT)).to(tl.int64)
     mask = rows < T
@@ -322,11 +269,14 @@ def boundary_grad_kernel(
         if RES:
             H_res = load_columns(H_res_ptr, rows, n * n, 0, n * n, mask)
     if PRE:
-        token = load_columns(token_ptr, rows, n + 3, 0, n + 3 if NORM else n + 1, mask)
+        token = load_columns(token_ptr, rows, n + 4, 0, n + 4 if NORM else n + 2, mask)
+        norm = token[n] + token[n + 1]
         w_hi, w_lo = load_w(w_ptr, rows, mask, KP, SPLIT)
     d_res = zeros_tuple(n * n if POST and RES else 0, BT, 4)
     d_post = zeros_tuple(n if POST else 0, BT, 4)
-    for c0 in tl.range(0, C, BC, num_stages=STAGES):
+    for c0 in tl.range(
+        part * per_part * BC, min((part + 1) * per_part * BC, C), BC, num_stages=STAGES
+    ):
         x = load_tiles(x_desc, t0, c0, n, C)
         y = x[0]
         du = x[0]
@@ -343,7 +293,7 @@ def boundary_grad_kernel(
                         z += token[o][:, None] * mix(x, y, H_res, H_post, o, n, RES)
                     else:
                         z += token[o][:, None] * x[o]
-                du = token[n + 1][:, None] * (du * weight[None, :]) - token[n + 2][:, None] * z
+                du = token[n + 2][:, None] * (du * weight[None, :]) - token[n + 3][:, None] * z
         G = ()
         for o in tl.static_range(n):
             total = tl.zeros([BT, BC], tl.float32)
@@ -353,11 +303,11 @@ def boundary_grad_kernel(
                 if HAS_G:
                     g = g_desc.load([t0, o * C + c0]).to(tl.float32)
                 total = total_gradient(
-                    o, g, x, y, du, H_post, H_res, token, total, n, POST, RES
+                    o, g, x, y, du, H_post, H_res, token, norm, total, n, POST, RES
                 )
             else:
                 total = g_desc.load([t0, o * C + c0]).to(tl.float32)
-            G = G + (pin(total),)
+            G = G + (pin(total, PIN),)
         for i in tl.static_range(n):
             dx = G[i]
             if POST and RES:
@@ -372,11 +322,36 @@ def boundary_grad_kernel(
             dy_desc.store([t0, c0], dy.to(dy_desc.dtype))
             d_post, d_res = add_coefficient_grads(d_post, d_res, G, x, y, n, BT, BC, RES)
     if POST:
-        for o in tl.static_range(n):
-            tl.store(dH_post_ptr + rows * n + o, tl.sum(d_post[o], axis=1), mask=mask)
-        if RES:
-            for e in tl.static_range(n * n):
-                tl.store(dH_res_ptr + rows * (n * n) + e, tl.sum(d_res[e], axis=1), mask=mask)
+        store_coefficient_grads(
+            d_post, d_res, dH_post_ptr, dH_res_ptr, parts_ptr, counter_ptr + tile, rows, mask, T,
+            part, parts, n, RES,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_coefficient_grads(
+    d_post, d_res, dH_post_ptr, dH_res_ptr, parts_ptr, counter_ptr, rows, mask, T, part, parts,
+    n: tl.constexpr, RES: tl.constexpr,
+):  # fmt: skip
+    """The sums over channels to dH_post and dH_res, through parts [E, parts, T] if there are several."""
+    E: tl.constexpr = n + n * n if RES else n
+    sums = ()
+    for e in tl.static_range(E):
+        sums = sums + (tl.sum(d_post[e] if e < n else d_res[e - n], axis=1),)
+    if parts > 1:
+        for e in tl.static_range(E):
+            tl.store(parts_ptr + (e * parts + part) * T.to(tl.int64) + rows, sums[e], mask=mask)
+        if arrive(counter_ptr) < parts - 1:
+            return
+        total = ()
+        for e in tl.static_range(E):
+            first = parts_ptr + e * parts * T.to(tl.int64)
+            total = total + (sum_parts(first, rows, parts, T, mask),)
+        sums = total
+    for e in tl.static_range(n):
+        tl.store(dH_post_ptr + rows * n + e, sums[e], mask=mask)
+    for e in tl.static_range(E - n):
+        tl.store(dH_res_ptr + rows * (n * n) + e, sums[n + e], mask=mask)
 
 
 @triton.jit

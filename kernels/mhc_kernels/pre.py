@@ -1,15 +1,23 @@
 """F_pre: u = H_pre x, and what its backward reads from memory.
 
 The projection itself is ``post_pre.post_project_kernel`` (with POST off when there is no post to
-fuse). ``read_kernel`` turns its sums into H and applies H_pre; backward, ``read_grad_kernel`` makes
-du . x_i, the gradient of H_pre, and ``phi_grad_kernel`` the product of w and x that is dphi.
+fuse). ``read_kernel`` turns its sums into H and applies H_pre; backward, ``logits_grad_kernel`` makes
+dlogits, for which it reads x and du, and ``phi_grad_kernel`` the product of w and x that is dphi.
 """
 
 import triton
 import triton.language as tl
 
-from .coefficients import gram_products, permuted, softmax, split_phi, two_sided
-from .device import column_of, dot, sinkhorn, sum_parts, wait_for_inputs
+from .coefficients import (
+    gram_products,
+    permuted,
+    softmax,
+    split_phi,
+    two_sided,
+    write_logits_grad,
+    write_pre_grad,
+)
+from .device import arrive, column_of, dot, sinkhorn, sum_parts, wait_for_inputs
 
 
 @triton.jit
@@ -149,38 +157,88 @@ def read_kernel(
         tl.store(to, u.to(u_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "phi_size"])
-def read_grad_kernel(
+@triton.jit(do_not_specialize=["T", "logit_blocks", "tiles", "counters", "phi_size"])
+def logits_grad_kernel(
     x_ptr,
     du_ptr,
     norm_weight_ptr,
-    read_grad_ptr,
+    p_ptr,
+    inverse_rms_ptr,
+    alpha_ptr,
+    bias_ptr,
+    permutations_ptr,
+    gram_ptr,
+    dH_post_ptr,
+    dH_res_ptr,
+    token_ptr,
+    w_ptr,
+    sums_ptr,
+    counter_ptr,
     phi_ptr,
     split_ptr,
     T,
+    logit_blocks,
     tiles,
+    counters,
     phi_size,
+    norm_eps,
     n: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
+    KP: tl.constexpr,
+    R: tl.constexpr,
+    RP: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    LOGIT_BT: tl.constexpr,
+    VARIANT: tl.constexpr,
+    ITERATIONS: tl.constexpr,
     NORM: tl.constexpr,
+    HAS_DPOST: tl.constexpr,
+    HAS_DRES: tl.constexpr,
+    SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """read_grad [T, n] = du . x_i (NORM: weight * du), the only reduction before dlogits.
+    """dlogits of every token, in three kinds of programs that run side by side.
 
-    Programs from ``tiles`` on split phi for the kernels that follow.
+    The first ``logit_blocks`` do post and res, through Sinkhorn: long chains of arithmetic and
+    hardly any memory. The next ``tiles`` read x and du, the sums du . x_i over all channels, and do
+    pre. The last clear the counters and split phi for the kernels that follow.
     """
     wait_for_inputs(PDL)
-    tile = tl.program_id(0)
-    if tile >= tiles:
-        split_phi(phi_ptr, split_ptr, tile - tiles, phi_size, WIDTH)
+    program = tl.program_id(0)
+    if program < logit_blocks:
+        write_logits_grad(
+            program, program, p_ptr, inverse_rms_ptr, alpha_ptr, bias_ptr, permutations_ptr,
+            dH_post_ptr, dH_res_ptr, token_ptr, w_ptr, sums_ptr, T, n, C, K, KP, R, RP, LOGIT_BT,
+            VARIANT, ITERATIONS, HAS_DPOST, HAS_DRES, SPLIT,
+        )  # fmt: skip
         return
-    rows = (tile * BT + tl.arange(0, BT)).to(tl.int64)
+    if program >= logit_blocks + tiles:
+        block = program - logit_blocks - tiles
+        at = block * WIDTH + tl.arange(0, WIDTH)
+        tl.store(counter_ptr + at, 0, mask=at < counters)
+        if SPLIT:
+            split_phi(phi_ptr, split_ptr, block, phi_size, WIDTH)
+        return
+    rows = ((program - logit_blocks) * BT + tl.arange(0, BT)).to(tl.int64)
     mask = rows < T
+    sums = read_products(x_ptr, du_ptr, norm_weight_ptr, rows, mask, n, C, BT, BC, NORM, STAGES)
+    write_pre_grad(
+        sums, program, p_ptr, inverse_rms_ptr, alpha_ptr, bias_ptr, gram_ptr, token_ptr, w_ptr,
+        sums_ptr, rows, mask, norm_eps, n, C, K, KP, VARIANT == "hc", NORM, SPLIT,
+    )  # fmt: skip
+
+
+@triton.jit
+def read_products(
+    x_ptr, du_ptr, norm_weight_ptr, rows, mask,
+    n: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, NORM: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """du . x_i of a tile of tokens (NORM: weight * du . x_i) as a tuple of n [BT] vectors."""
     inside = mask[:, None]
     sums = ()
     for i in tl.static_range(n):
@@ -199,39 +257,73 @@ def read_grad_kernel(
             product = tl.sum(tl.reshape(x * du, [BT, BC // 8, 8]), axis=2)
             following = following + (sums[i] + product,)
         sums = following
+    out = ()
     for i in tl.static_range(n):
-        tl.store(read_grad_ptr + rows * n + i, tl.sum(sums[i], axis=1), mask=mask)
+        out = out + (tl.sum(sums[i], axis=1),)
+    return out
 
 
-@triton.jit(do_not_specialize=["T", "per_part"])
+@triton.jit(do_not_specialize=["T", "columns", "parts", "per_part", "sum_rows"])
 def phi_grad_kernel(
     x_desc,
     w_desc,
+    parts_ptr,
     dphi_ptr,
+    counter_ptr,
+    sums_ptr,
+    dalpha_ptr,
+    dbias_ptr,
     T,
+    parts,
     per_part,
-    size: tl.constexpr,
+    sum_rows,
+    n: tl.constexpr,
+    C: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    RES: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """dphi [parts, K, size] (size = n*C): x^T w over the part's blocks of BT tokens, BC columns.
+    """dphi [K, n*C] = sum over tokens of w x, BC columns a block; and dalpha, dbias.
 
     w comes as bf16 high and low parts side by side (SPLIT), x is exact in bf16, the sums are
-    float32: the product is as exact as float32's.
+    float32: the product is as exact as float32's. Of several parts of the tokens the one that
+    ends last adds all of them in order.
     """
     wait_for_inputs(PDL)
-    column = tl.program_id(0) * BC
+    block = tl.program_id(0)
     part = tl.program_id(1)
-    width: tl.constexpr = 2 * KP if SPLIT else KP
-    acc = tl.zeros([BC, width], tl.float32)
-    for block in tl.range(
-        part * per_part, min((part + 1) * per_part, tl.cdiv(T, BT)), num_stages=STAGES
-    ):
+    if block == 0:
+        if part == 0:
+            finish_sums(sums_ptr, dalpha_ptr, dbias_ptr, sum_rows, n, K, KP, RES)
+        return
+    column = (block - 1) * BC
+    acc = phi_products(x_desc, w_desc, column, part, per_part, T, KP, BT, BC, SPLIT, STAGES)
+    k = tl.arange(0, KP)
+    size: tl.constexpr = K * n * C
+    at = k[None, :] * (n * C) + column + tl.arange(0, BC)[:, None]
+    valid = (k < K)[None, :]
+    if parts > 1:
+        tl.store(parts_ptr + part * size + at, acc, mask=valid)
+        if arrive(counter_ptr + block - 1) < parts - 1:
+            return
+        acc = sum_parts(parts_ptr, at, parts, size, valid)
+    tl.store(dphi_ptr + at, acc, mask=valid)
+
+
+@triton.jit
+def phi_products(
+    x_desc, w_desc, column, part, per_part, T, KP: tl.constexpr, BT: tl.constexpr,
+    BC: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x^T w [BC, KP] over the part's blocks of BT tokens."""
+    acc = tl.zeros([BC, 2 * KP if SPLIT else KP], tl.float32)
+    last = min((part + 1) * per_part, tl.cdiv(T, BT))
+    for block in tl.range(part * per_part, last, num_stages=STAGES):
         x = x_desc.load([block * BT, column])
         w = w_desc.load([block * BT, 0])
         if x_desc.dtype == tl.float16:
@@ -245,9 +337,30 @@ def phi_grad_kernel(
             acc = dot(x.to(tl.float32).T, w, acc)
     if SPLIT:
         acc = tl.sum(tl.reshape(acc, [BC, 2, KP]), axis=1)
+    return acc
+
+
+@triton.jit
+def finish_sums(
+    sums_ptr, dalpha_ptr, dbias_ptr, sum_rows,
+    n: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, RES: tl.constexpr,
+):  # fmt: skip
+    """dbias and dalpha: the ordered sum over the blocks' rows of dlogits and of dlogits * p."""
     k = tl.arange(0, KP)
-    at = (part * K + k[None, :]) * size + column + tl.arange(0, BC)[:, None]
-    tl.store(dphi_ptr + at, acc, mask=(k < K)[None, :])
+    bias = tl.zeros([64, KP], tl.float32)
+    scale = tl.zeros([64, KP], tl.float32)
+    for first in tl.range(0, sum_rows, 64, num_stages=3):
+        row = first + tl.arange(0, 64)
+        at = sums_ptr + row[:, None] * (2 * KP) + k[None, :]
+        inside = (row < sum_rows)[:, None]
+        bias += tl.load(at, mask=inside, other=0.0)
+        scale += tl.load(at + KP, mask=inside, other=0.0)
+    tl.store(dbias_ptr + k, tl.sum(bias, axis=0), mask=k < K)
+    scale_k = tl.sum(scale, axis=0)
+    tl.store(dalpha_ptr, tl.sum(tl.where(k < n, scale_k, 0.0), axis=0))
+    tl.store(dalpha_ptr + 1, tl.sum(tl.where((k >= n) & (k < 2 * n), scale_k, 0.0), axis=0))
+    if RES:
+        tl.store(dalpha_ptr + 2, tl.sum(tl.where(k >= 2 * n, scale_k, 0.0), axis=0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -273,10 +386,10 @@ def norm_weight_grad_kernel(
         inside = mask[:, None]
         z = tl.zeros([BT, BC], tl.float32)
         for i in tl.static_range(n):
-            H_pre = tl.load(token_ptr + rows * (n + 3) + i, mask=mask, other=0.0)
+            H_pre = tl.load(token_ptr + rows * (n + 4) + i, mask=mask, other=0.0)
             at = rows[:, None] * (n * C) + i * C + channels[None, :]
             z += H_pre[:, None] * tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        inverse = tl.load(token_ptr + rows * (n + 3) + n + 1, mask=mask, other=0.0)
+        inverse = tl.load(token_ptr + rows * (n + 4) + n + 2, mask=mask, other=0.0)
         to = rows[:, None] * C + channels[None, :]
         du = tl.load(du_ptr + to, mask=inside, other=0.0).to(tl.float32)
         total += du * z * inverse[:, None]

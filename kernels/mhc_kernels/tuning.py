@@ -33,12 +33,12 @@ class Block:
 
 DEFAULTS: dict[str, Block] = {
     "project": Block(BT=64, BC=32, warps=4, stages=3, split=4),
-    "read": Block(BT=16, BC=256, warps=4, stages=2),
+    "read": Block(BT=16, BC=256, warps=4, stages=1),
     "post": Block(BT=8, BC=256, warps=4, stages=2),
-    "read_grad": Block(BT=8, BC=256, warps=2, stages=2),
-    "coefficients_grad": Block(BT=8, BC=16, warps=4),
-    "phi_grad": Block(BT=64, BC=64, warps=4, stages=4, split=1),
-    "boundary_grad": Block(BT=64, BC=16, warps=4, stages=3),
+    "read_grad": Block(BT=8, BC=256, warps=2, stages=1),
+    "logits_grad": Block(BT=4, BC=16, warps=2),
+    "phi_grad": Block(BT=64, BC=64, warps=4, stages=4, split=8),
+    "boundary_grad": Block(BT=64, BC=16, warps=4, stages=3, split=16),
     "refill": Block(BT=8, BC=256, warps=4, stages=1),
 }
 
@@ -64,8 +64,8 @@ def block(kernel: str, n: int, C: int, itemsize: int, arch: int) -> Block:
         BC //= 2
     if n * itemsize > 8:
         BC = max(16, BC * 8 // (n * itemsize))
-    if n == 8 and kernel == "coefficients_grad":
-        BT = 2
+    if n == 8 and kernel == "logits_grad":
+        BT = 1
     return Block(BT, BC, chosen.warps, chosen.stages, chosen.split)
 
 
