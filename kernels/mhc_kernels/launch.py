@@ -12,10 +12,13 @@ from functools import lru_cache
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
 from .coefficients import split_phi_kernel
+from .hopper import boundary_grad_hopper_kernel
 from .post import post_kernel
 from .post_pre import boundary_grad_kernel, post_project_kernel
 from .pre import logits_grad_kernel, norm_weight_grad_kernel, phi_grad_kernel, read_kernel
@@ -58,6 +61,7 @@ class Plan:
         self.split = x.dtype != torch.float32
         # sm_90's compiler repeats arithmetic for every use; newer ones refuse the fence.
         self.pin = self.arch == 90 and not INTERPRETED
+        self.hopper = self.pin and x.dtype == torch.bfloat16 and self.n <= 4
         self.pdl = self.arch >= 90 and not INTERPRETED
 
     def block(self, kernel: str) -> tuning.Block:
@@ -343,20 +347,24 @@ def boundary_grad(
     logits: LogitsGrad | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dy, dH_post, dH_res. Without y: of a pre alone; without logits: of a post alone."""
-    b = s.block("boundary_grad")
+    fast = s.hopper and None not in (y, logits) and y_bias is None and norm_weight is None
+    b = s.block("boundary_grad_hopper" if fast else "boundary_grad")
     tiles, chunks = s.boundary_tiles(), s.C // b.BC
-    parts = per_part = 1
-    dx, dy, dH_post, dH_res, partial = torch.empty_like(x), None, None, None, None
-    counters = None if logits is None else logits.counters[s.phi_columns() :]
     parts = tuning.parts(tiles, min(b.split, chunks), s.multiprocessors)
     per_part = triton.cdiv(chunks, parts)
     parts = triton.cdiv(chunks, per_part)
+    dx, dy, dH_post, dH_res, partial = torch.empty_like(x), None, None, None, None
+    counters = None if logits is None else logits.counters[s.phi_columns() :]
     if y is not None:
         dy, dH_post = torch.empty_like(y), s.new(s.T, s.n)
         dH_res = None if H_res is None else s.new(s.T, s.n, s.n)
         partial = s.new(s.n + (0 if H_res is None else s.n * s.n), parts, s.T)
         if counters is None:
             counters = torch.zeros(tiles, dtype=torch.int32, device=s.device)
+    sums = (dH_post, dH_res, partial, counters, s.T, parts, per_part)
+    if fast:
+        _boundary_grad_hopper(s, b, tiles, x, y, g, du, H_post, H_res, logits, dx, dy, sums)
+        return dx, dy, dH_post, dH_res
     x_desc = s.rows(x, b)
     boundary_grad_kernel[_grid(tiles, parts)](
         x_desc,
@@ -372,13 +380,7 @@ def boundary_grad(
         H_res,
         None if logits is None else logits.token,
         None if logits is None else logits.w,
-        dH_post,
-        dH_res,
-        partial,
-        counters,
-        s.T,
-        parts,
-        per_part,
+        *sums,
         n=s.n,
         C=s.C,
         K=s.K,
@@ -396,6 +398,64 @@ def boundary_grad(
         **s.options(b, looped=True),
     )
     return dx, dy, dH_post, dH_res
+
+
+def _boundary_grad_hopper(
+    s: Plan,
+    b: tuning.Block,
+    tiles: int,
+    x: Tensor,
+    y: Tensor,
+    g: Tensor | None,
+    du: Tensor,
+    H_post: Tensor,
+    H_res: Tensor | None,
+    logits: LogitsGrad,
+    dx: Tensor,
+    dy: Tensor,
+    sums: tuple,
+) -> None:
+    """``boundary_grad`` through the Gluon kernel."""
+    n, C = s.n, s.C
+    row, phi_row = NVMMASharedLayout(2 * b.BC, 16, 2), NVMMASharedLayout(2 * b.BC, 16, 4)
+    stream_row = NVMMASharedLayout(2 * b.BC, 16, 3)
+
+    def streams(t: Tensor) -> HopperDescriptor:
+        return HopperDescriptor(t, [n, s.T, C], [C, n * C, 1], [n, b.BT, b.BC], stream_row)
+
+    def single(t: Tensor) -> HopperDescriptor:
+        return HopperDescriptor(t, [s.T, C], [C, 1], [b.BT, b.BC], row)
+
+    phi_shape, phi_strides = [2, n, s.K, C], [s.K * n * C, C, n * C, 1]
+    boundary_grad_hopper_kernel[_grid(tiles, sums[5])](
+        streams(x),
+        single(y),
+        streams(x if g is None else g),
+        single(du),
+        HopperDescriptor(logits.split, phi_shape, phi_strides, [2, n, s.KP, b.BC], phi_row),
+        HopperDescriptor(
+            logits.w, [s.T, 2 * s.KP], [2 * s.KP, 1], [b.BT, s.KP], NVMMASharedLayout(2 * s.KP, 16, 2)
+        ),
+        streams(dx),
+        single(dy),
+        H_post,
+        H_res,
+        logits.token,
+        *sums,
+        n=n,
+        C=C,
+        K=s.K,
+        KP=s.KP,
+        BT=b.BT,
+        BC=b.BC,
+        WN=16 * b.warps // b.BT,
+        RES=H_res is not None,
+        HAS_G=g is not None,
+        STAGES=b.stages,
+        PDL=s.pdl,
+        num_warps=b.warps,
+        launch_pdl=s.pdl,
+    )
 
 
 def norm_weight_grad(s: Plan, x: Tensor, du: Tensor, token: Tensor, weight: Tensor) -> Tensor:

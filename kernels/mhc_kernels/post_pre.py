@@ -335,23 +335,22 @@ def store_coefficient_grads(
 ):  # fmt: skip
     """The sums over channels to dH_post and dH_res, through parts [E, parts, T] if there are several."""
     E: tl.constexpr = n + n * n if RES else n
-    sums = ()
     for e in tl.static_range(E):
-        sums = sums + (tl.sum(d_post[e] if e < n else d_res[e - n], axis=1),)
+        total = tl.sum(d_post[e] if e < n else d_res[e - n], axis=1)
+        if parts > 1:
+            tl.store(parts_ptr + (e * parts + part) * T.to(tl.int64) + rows, total, mask=mask)
+        elif e < n:
+            tl.store(dH_post_ptr + rows * n + e, total, mask=mask)
+        else:
+            tl.store(dH_res_ptr + rows * (n * n) + (e - n), total, mask=mask)
     if parts > 1:
-        for e in tl.static_range(E):
-            tl.store(parts_ptr + (e * parts + part) * T.to(tl.int64) + rows, sums[e], mask=mask)
-        if arrive(counter_ptr) < parts - 1:
-            return
-        total = ()
-        for e in tl.static_range(E):
-            first = parts_ptr + e * parts * T.to(tl.int64)
-            total = total + (sum_parts(first, rows, parts, T, mask),)
-        sums = total
-    for e in tl.static_range(n):
-        tl.store(dH_post_ptr + rows * n + e, sums[e], mask=mask)
-    for e in tl.static_range(E - n):
-        tl.store(dH_res_ptr + rows * (n * n) + e, sums[n + e], mask=mask)
+        if arrive(counter_ptr) == parts - 1:
+            for e in tl.static_range(E):
+                total = sum_parts(parts_ptr + e * parts * T.to(tl.int64), rows, parts, T, mask)
+                if e < n:
+                    tl.store(dH_post_ptr + rows * n + e, total, mask=mask)
+                else:
+                    tl.store(dH_res_ptr + rows * (n * n) + (e - n), total, mask=mask)
 
 
 @triton.jit

@@ -307,12 +307,12 @@ def phi_grad_kernel(
     size: tl.constexpr = K * n * C
     at = k[None, :] * (n * C) + column + tl.arange(0, BC)[:, None]
     valid = (k < K)[None, :]
-    if parts > 1:
+    if parts == 1:
+        tl.store(dphi_ptr + at, acc, mask=valid)
+    else:
         tl.store(parts_ptr + part * size + at, acc, mask=valid)
-        if arrive(counter_ptr + block - 1) < parts - 1:
-            return
-        acc = sum_parts(parts_ptr, at, parts, size, valid)
-    tl.store(dphi_ptr + at, acc, mask=valid)
+        if arrive(counter_ptr + block - 1) == parts - 1:
+            tl.store(dphi_ptr + at, sum_parts(parts_ptr, at, parts, size, valid), mask=valid)
 
 
 @triton.jit

@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Block] = {
     "logits_grad": Block(BT=4, BC=16, warps=2),
     "phi_grad": Block(BT=64, BC=64, warps=4, stages=4, split=8),
     "boundary_grad": Block(BT=64, BC=16, warps=4, stages=3, split=16),
+    "boundary_grad_hopper": Block(BT=64, BC=16, warps=4, stages=3, split=16),
     "refill": Block(BT=8, BC=256, warps=4, stages=1),
 }
 

@@ -1,0 +1,290 @@
+"""The backward of the boundary on Hopper, in Gluon: what ``post_pre.boundary_grad_kernel`` does.
+
+Plain Triton spends more than half of that kernel's instructions on moving tiles (a barrier, an
+election and a wait for each of 18 loads and 5 stores a step) and issue, not memory, is its bound.
+Here one mbarrier covers a stage, the results are written over the stage's own g and du, each
+element by the thread that read it, and leave from there; a step has one barrier.
+
+For bfloat16 streams, n = 4 and no fused norm; ``launch`` keeps the plain kernel for the rest.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@gluon.jit
+def load_columns(ptr, rows, stride: gl.constexpr, count: gl.constexpr, mask):
+    """``count`` columns of a row-major [T, stride] array as a tuple of [BT] vectors."""
+    columns = ()
+    for k in gl.static_range(count):
+        columns = columns + (gl.load(ptr + rows * stride + k, mask=mask, other=0.0),)
+    return columns
+
+
+@gluon.jit
+def pieces(x, BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr):
+    """[BT, BC] as a tuple of [BT, WN, 4]: the elements of a row that one thread holds, one by one.
+
+    In the matrix units' output four neighbouring lanes share a row and hold two adjacent columns of
+    every eight; nothing moves.
+    """
+    groups: gl.constexpr = BC // (8 * WN)
+    view = gl.reshape(x, [BT, WN, groups, 4, 2])
+    halves = gl.split(view)
+    out = ()
+    for h in gl.static_range(2):
+        out = out + unstack(gl.permute(halves[h], [0, 1, 3, 2]), groups)
+    return out
+
+
+@gluon.jit
+def unstack(x, size: gl.constexpr):
+    """The slices of x [..., size] along its last axis, a power of two, in any fixed order."""
+    if size == 1:
+        out = (gl.reshape(x, [x.shape[0], x.shape[1], x.shape[2]]),)
+    else:
+        view = gl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], size // 2, 2])
+        a, b = gl.split(view)
+        out = unstack(a, size // 2) + unstack(b, size // 2)
+    return out
+
+
+@gluon.jit
+def add_products(total, a, b, count: gl.constexpr):
+    """total + sum over pieces of a b, one fused multiply-add each."""
+    for k in gl.static_range(count):
+        total += a[k] * b[k]
+    return total
+
+
+@gluon.jit
+def load_stage(
+    chunk, slot, pred, x_desc, y_desc, g_desc, du_desc, phi_desc, ready, x_tiles, g_tiles, y_tiles,
+    phi_tiles, t0,
+    n: gl.constexpr, KP: gl.constexpr, BT: gl.constexpr, BC: gl.constexpr, HAS_G: gl.constexpr,
+):  # fmt: skip
+    """Starts the loads of BC channels into stage ``slot``: all streams of a tensor in one copy."""
+    count: gl.constexpr = 2 * n + 2 if HAS_G else n + 2
+    bar = ready.index(slot)
+    mbarrier.expect(bar, count * BT * BC * 2 + 2 * n * KP * BC * 2, pred)
+    c0 = chunk * BC
+    tma.async_copy_global_to_shared(phi_desc, [0, 0, 0, c0], bar, phi_tiles.index(slot), pred)
+    tma.async_copy_global_to_shared(x_desc, [0, t0, c0], bar, x_tiles.index(slot), pred)
+    tma.async_copy_global_to_shared(y_desc, [t0, c0], bar, y_tiles.index(2 * slot), pred)
+    tma.async_copy_global_to_shared(du_desc, [t0, c0], bar, y_tiles.index(2 * slot + 1), pred)
+    if HAS_G:
+        tma.async_copy_global_to_shared(g_desc, [0, t0, c0], bar, g_tiles.index(slot), pred)
+
+
+@gluon.jit
+def phi_gradients(w_tiles, phi_tiles, slot, n: gl.constexpr, zero):
+    """w phi of every stream, started: high x high, low x high, high x low in bf16."""
+    out = ()
+    for o in gl.static_range(n):
+        high = phi_tiles.index(slot * 2 * n + o)
+        acc = warpgroup_mma(w_tiles.index(0), high, zero, use_acc=False, is_async=True)
+        acc = warpgroup_mma(w_tiles.index(1), high, acc, is_async=True)
+        low = phi_tiles.index(slot * 2 * n + n + o)
+        out = out + (warpgroup_mma(w_tiles.index(0), low, acc, is_async=True),)
+    return out
+
+
+@gluon.jit
+def store_sums(
+    d_post, d_res, dH_post_ptr, dH_res_ptr, parts_ptr, counter_ptr, rows, mask, T, part, parts,
+    n: gl.constexpr, RES: gl.constexpr, row: gl.constexpr,
+):  # fmt: skip
+    """``post_pre.store_coefficient_grads``."""
+    E: gl.constexpr = n + n * n if RES else n
+    for e in gl.static_range(E):
+        total = gl.sum(gl.sum(d_post[e] if e < n else d_res[e - n], axis=2), axis=1)
+        total = gl.convert_layout(total, row)
+        if parts > 1:
+            gl.store(parts_ptr + (e * parts + part) * T.to(gl.int64) + rows, total, mask=mask)
+        elif e < n:
+            gl.store(dH_post_ptr + rows * n + e, total, mask=mask)
+        else:
+            gl.store(dH_res_ptr + rows * (n * n) + (e - n), total, mask=mask)
+    if parts > 1:
+        gl.thread_barrier()
+        arrived = gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+        gl.thread_barrier()
+        if arrived == parts - 1:
+            for e in gl.static_range(E):
+                first = parts_ptr + e * parts * T.to(gl.int64) + rows
+                total = gl.load(first, mask=mask, other=0.0)
+                for s in range(1, parts):
+                    total += gl.load(first + s * T.to(gl.int64), mask=mask, other=0.0)
+                if e < n:
+                    gl.store(dH_post_ptr + rows * n + e, total, mask=mask)
+                else:
+                    gl.store(dH_res_ptr + rows * (n * n) + (e - n), total, mask=mask)
+
+
+@gluon.jit(do_not_specialize=["T", "parts", "per_part"])
+def boundary_grad_hopper_kernel(
+    x_desc,
+    y_desc,
+    g_desc,
+    du_desc,
+    phi_desc,
+    w_desc,
+    dx_desc,
+    dy_desc,
+    H_post_ptr,
+    H_res_ptr,
+    token_ptr,
+    dH_post_ptr,
+    dH_res_ptr,
+    parts_ptr,
+    counter_ptr,
+    T,
+    parts,
+    per_part,
+    n: gl.constexpr,
+    C: gl.constexpr,
+    K: gl.constexpr,
+    KP: gl.constexpr,
+    BT: gl.constexpr,
+    BC: gl.constexpr,
+    WN: gl.constexpr,
+    RES: gl.constexpr,
+    HAS_G: gl.constexpr,
+    STAGES: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """A tile of BT tokens and a part of the channels, BC at a time; WN warps side by side in BC."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BT // 16, WN], [16, BC // WN, 16])
+    row: gl.constexpr = gl.SliceLayout(1, mma)
+    tile = gl.program_id(0)
+    part = gl.program_id(1)
+    t0 = tile * BT
+    first = part * per_part
+    last = gl.minimum(first + per_part, C // BC)
+
+    x_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, n, BT, BC], x_desc.layout)
+    g_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, n, BT, BC], x_desc.layout)
+    y_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, BT, BC], y_desc.layout)
+    phi_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, n, KP, BC], phi_desc.layout)
+    # The same memory stream by stream: a stream's tile is contiguous in all of them.
+    x_tile = x_tiles._reinterpret(gl.bfloat16, [STAGES * n, BT, BC], y_desc.layout)
+    g_tile = g_tiles._reinterpret(gl.bfloat16, [STAGES * n, BT, BC], y_desc.layout)
+    phi_tile = phi_tiles._reinterpret(gl.bfloat16, [STAGES * 2 * n, KP, BC], y_desc.layout)
+    w_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BT, KP], w_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES + 1):
+        mbarrier.init(ready.index(s), count=1)
+    fence_async_shared()
+    w_bar = ready.index(STAGES)
+    mbarrier.expect(w_bar, 2 * BT * KP * 2)
+    tma.async_copy_global_to_shared(w_desc, [t0, 0], w_bar, w_tiles.index(0))
+    tma.async_copy_global_to_shared(w_desc, [t0, KP], w_bar, w_tiles.index(1))
+    for s in gl.static_range(STAGES - 1):
+        load_stage(
+            first + s, s, first + s < last, x_desc, y_desc, g_desc, du_desc, phi_desc, ready,
+            x_tiles, g_tiles, y_tiles, phi_tiles, t0, n, KP, BT, BC, HAS_G,
+        )  # fmt: skip
+
+    rows = (t0 + gl.arange(0, BT, layout=row)).to(gl.int64)
+    mask = rows < T
+    H_post = load_columns(H_post_ptr, rows, n, n, mask)
+    H_res = ()
+    if RES:
+        H_res = load_columns(H_res_ptr, rows, n * n, n * n, mask)
+    token = load_columns(token_ptr, rows, n + 4, n + 2, mask)
+    norm = token[n] + token[n + 1]
+    zero = gl.full([BT, BC], 0.0, gl.float32, layout=mma)
+    empty = pieces(zero, BT, BC, WN)[0]
+    d_post = ()
+    for _ in gl.static_range(n):
+        d_post = d_post + (empty,)
+    d_res = ()
+    for _ in gl.static_range(n * n if RES else 0):
+        d_res = d_res + (empty,)
+    mbarrier.wait(w_bar, 0)
+
+    slot = 0
+    phase = 0
+    for chunk in range(first, last):
+        mbarrier.wait(ready.index(slot), phase)
+        acc = phi_gradients(w_tiles, phi_tile, slot, n, zero)
+        x = ()
+        for i in gl.static_range(n):
+            x = x + (x_tile.index(slot * n + i).load(mma).to(gl.float32),)
+        y = y_tiles.index(2 * slot).load(mma).to(gl.float32)
+        du = y_tiles.index(2 * slot + 1).load(mma).to(gl.float32)
+        other = ()
+        for o in gl.static_range(n):
+            x_next = H_post[o][:, None] * y
+            if RES:
+                for i in gl.static_range(n):
+                    x_next += H_res[o * n + i][:, None] * x[i]
+            else:
+                x_next += x[o]
+            if HAS_G:
+                G = g_tile.index(slot * n + o).load(mma).to(gl.float32) + norm[:, None] * x_next
+            else:
+                G = norm[:, None] * x_next
+            other = other + (G + token[o][:, None] * du,)
+        acc = warpgroup_mma_wait(0, deps=acc)
+        G = ()
+        for o in gl.static_range(n):
+            G = G + (acc[o] + other[o],)
+        for i in gl.static_range(n):
+            dx = G[i]
+            if RES:
+                dx = H_res[i][:, None] * G[0]
+                for o in gl.static_range(1, n):
+                    dx += H_res[o * n + i][:, None] * G[o]
+            g_tile.index(slot * n + i).store(dx.to(gl.bfloat16))
+        dy = H_post[0][:, None] * G[0]
+        for o in gl.static_range(1, n):
+            dy += H_post[o][:, None] * G[o]
+        y_tiles.index(2 * slot + 1).store(dy.to(gl.bfloat16))
+        fence_async_shared()
+        post = ()
+        res = ()
+        y_pieces = pieces(y, BT, BC, WN)
+        x_pieces = ()
+        for i in gl.static_range(n):
+            x_pieces = x_pieces + (pieces(x[i], BT, BC, WN),)
+        for o in gl.static_range(n):
+            G_pieces = pieces(G[o], BT, BC, WN)
+            post = post + (add_products(d_post[o], G_pieces, y_pieces, BC // (4 * WN)),)
+            if RES:
+                for i in gl.static_range(n):
+                    total = add_products(d_res[o * n + i], G_pieces, x_pieces[i], BC // (4 * WN))
+                    res = res + (total,)
+        d_post = post
+        d_res = res
+        gl.thread_barrier()
+        c0 = chunk * BC
+        tma.async_copy_shared_to_global(dx_desc, [0, t0, c0], g_tiles.index(slot))
+        tma.async_copy_shared_to_global(dy_desc, [t0, c0], y_tiles.index(2 * slot + 1))
+        # The stage of the step before is free once its results have left shared memory.
+        tma.store_wait(2)
+        free = slot + STAGES - 1
+        free = gl.where(free >= STAGES, free - STAGES, free)
+        load_stage(
+            chunk + STAGES - 1, free, chunk + STAGES - 1 < last, x_desc, y_desc, g_desc, du_desc,
+            phi_desc, ready, x_tiles, g_tiles, y_tiles, phi_tiles, t0, n, KP, BT, BC, HAS_G,
+        )  # fmt: skip
+        slot += 1
+        phase = gl.where(slot == STAGES, phase ^ 1, phase)
+        slot = gl.where(slot == STAGES, 0, slot)
+    tma.store_wait(0)
+    store_sums(
+        d_post, d_res, dH_post_ptr, dH_res_ptr, parts_ptr, counter_ptr + tile, rows, mask, T, part,
+        parts, n, RES, row,
+    )  # fmt: skip
