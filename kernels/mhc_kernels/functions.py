@@ -1,4 +1,4 @@
-"""The interface: mhc_pre, mhc_post, mhc_post_pre, mhc_refill, on kernels where they can run.
+"""The interface: mhc_pre, mhc_enter, mhc_post, mhc_post_pre, mhc_refill, on kernels where possible.
 
 Same names, arguments and results as ``reference``; equations and symbols are explained there. The
 kernels take CUDA devices from compute capability 8.0, n = 2, 4, 8, C a multiple of 16 and streams
@@ -101,6 +101,35 @@ def mhc_pre(
         _flat(x, 2), *parameters, norm_weight, variant, iterations, eps, norm_eps
     )
     return _outputs(x.shape[:-2], u, H_post, H_res, variant)
+
+
+def mhc_enter(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *,
+    variant: str = "mhc",
+    iterations: int = reference.ITERATIONS,
+    eps: float = reference.NORM_EPS,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``mhc_pre`` at the head of a chain of sublayers: x, u, H_post, H_res.
+
+    The x returned is the x given. Use it in the boundary that follows, and x's gradient is made
+    once, by a kernel, where two uses of x would have autograd add two.
+    """
+    parameters = _parameters(x, phi, alpha, bias, variant)
+    if not supported(x):
+        return x, *reference.mhc_pre(
+            x, phi, alpha, bias, variant=variant, iterations=iterations, eps=eps,
+            norm_weight=norm_weight, norm_eps=norm_eps,
+        )  # fmt: skip
+    handed_on, u, H_post, H_res = ops.Enter.apply(
+        _flat(x, 2), *parameters, norm_weight, variant, iterations, eps, norm_eps
+    )
+    return handed_on.reshape(x.shape), *_outputs(x.shape[:-2], u, H_post, H_res, variant)
 
 
 def _post_operands(x: Tensor, y: Tensor, H_post: Tensor, H_res: Tensor | None):

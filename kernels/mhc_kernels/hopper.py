@@ -288,3 +288,153 @@ def boundary_grad_hopper_kernel(
         d_post, d_res, dH_post_ptr, dH_res_ptr, parts_ptr, counter_ptr + tile, rows, mask, T, part,
         parts, n, RES, row,
     )  # fmt: skip
+
+
+@gluon.jit
+def load_project_stage(
+    chunk, slot, pred, x_desc, y_desc, phi_desc, ready, x_tiles, y_tiles, phi_tiles, t0,
+    n: gl.constexpr, KP: gl.constexpr, BT: gl.constexpr, BC: gl.constexpr, POST: gl.constexpr,
+):  # fmt: skip
+    """Starts the loads of BC channels of x, y and phi into stage ``slot``."""
+    count: gl.constexpr = n + 1 if POST else n
+    bar = ready.index(slot)
+    mbarrier.expect(bar, count * BT * BC * 2 + 2 * n * KP * BC * 2, pred)
+    c0 = chunk * BC
+    tma.async_copy_global_to_shared(x_desc, [0, t0, c0], bar, x_tiles.index(slot), pred)
+    if POST:
+        tma.async_copy_global_to_shared(y_desc, [t0, c0], bar, y_tiles.index(slot), pred)
+    tma.async_copy_global_to_shared(phi_desc, [0, 0, 0, c0], bar, phi_tiles.index(slot), pred)
+
+
+@gluon.jit
+def round_pairs(x):
+    """x in bfloat16, two elements an instruction (the compiler takes one at a time here)."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def add_squares(total, out, BT: gl.constexpr, BC: gl.constexpr):
+    """total + the squares of a tile, summed inside each thread."""
+    parts = pieces(out.to(gl.float32), BT, BC, 1)
+    return add_products(total, parts, parts, BC // 4)
+
+
+@gluon.jit(do_not_specialize=["T", "per_part"])
+def post_project_hopper_kernel(
+    x_desc,
+    y_desc,
+    x_next_desc,
+    phi_desc,
+    H_post_ptr,
+    H_res_ptr,
+    projected_ptr,
+    gram_ptr,
+    T,
+    per_part,
+    n: gl.constexpr,
+    C: gl.constexpr,
+    KP: gl.constexpr,
+    BT: gl.constexpr,
+    BC: gl.constexpr,
+    POST: gl.constexpr,
+    RES: gl.constexpr,
+    STAGES: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """``post_pre.post_project_kernel`` for a tile of BT tokens and a part of the channels.
+
+    x_next is written over x in shared memory, from where it is both stored and multiplied.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BT // 16, 1], [16, 2 * KP, 16])
+    tile_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BT // 16, 1], [16, BC, 16])
+    row: gl.constexpr = gl.SliceLayout(1, tile_layout)
+    t0 = gl.program_id(0) * BT
+    part = gl.program_id(1)
+    first = part * per_part
+    last = gl.minimum(first + per_part, C // BC)
+
+    x_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, n, BT, BC], x_desc.layout)
+    y_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BT, BC], y_desc.layout)
+    phi_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, n, 2, KP, BC], phi_desc.layout)
+    x_tile = x_tiles._reinterpret(gl.bfloat16, [STAGES * n, BT, BC], y_desc.layout)
+    phi_tile = phi_tiles._reinterpret(gl.bfloat16, [STAGES * n, 2 * KP, BC], y_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(ready.index(s), count=1)
+    fence_async_shared()
+    for s in gl.static_range(STAGES - 1):
+        load_project_stage(
+            first + s, s, first + s < last, x_desc, y_desc, phi_desc, ready, x_tiles, y_tiles,
+            phi_tiles, t0, n, KP, BT, BC, POST,
+        )  # fmt: skip
+
+    rows = (t0 + gl.arange(0, BT, layout=row)).to(gl.int64)
+    mask = rows < T
+    H_post = ()
+    H_res = ()
+    if POST:
+        H_post = load_columns(H_post_ptr, rows, n, n, mask)
+        if RES:
+            H_res = load_columns(H_res_ptr, rows, n * n, n * n, mask)
+    acc = gl.full([BT, 2 * KP], 0.0, gl.float32, layout=mma)
+    squares = pieces(gl.full([BT, BC], 0.0, gl.float32, layout=tile_layout), BT, BC, 1)[0]
+
+    slot = 0
+    phase = 0
+    for chunk in range(first, last):
+        mbarrier.wait(ready.index(slot), phase)
+        x = ()
+        for i in gl.static_range(n):
+            x = x + (x_tile.index(slot * n + i).load(tile_layout),)
+        if POST:
+            y = y_tiles.index(slot).load(tile_layout).to(gl.float32)
+            for o in gl.static_range(n):
+                out = H_post[o][:, None] * y
+                if RES:
+                    for i in gl.static_range(n):
+                        out += H_res[o * n + i][:, None] * x[i].to(gl.float32)
+                else:
+                    out += x[o].to(gl.float32)
+                x_next = round_pairs(out)
+                x_tile.index(slot * n + o).store(x_next)
+                squares = add_squares(squares, x_next, BT, BC)
+            fence_async_shared()
+        else:
+            for o in gl.static_range(n):
+                squares = add_squares(squares, x[o], BT, BC)
+        gl.thread_barrier()
+        if POST:
+            tma.async_copy_shared_to_global(x_next_desc, [0, t0, chunk * BC], x_tiles.index(slot))
+        for o in gl.static_range(n):
+            phi = phi_tile.index(slot * n + o).permute((1, 0))
+            acc = warpgroup_mma(x_tile.index(slot * n + o), phi, acc, is_async=True)
+        # The stage of the step before is free: its products are done, x_next has left it.
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        if POST:
+            tma.store_wait(1)
+        free = slot + STAGES - 1
+        free = gl.where(free >= STAGES, free - STAGES, free)
+        load_project_stage(
+            chunk + STAGES - 1, free, chunk + STAGES - 1 < last, x_desc, y_desc, phi_desc, ready,
+            x_tiles, y_tiles, phi_tiles, t0, n, KP, BT, BC, POST,
+        )  # fmt: skip
+        slot += 1
+        phase = gl.where(slot == STAGES, phase ^ 1, phase)
+        slot = gl.where(slot == STAGES, 0, slot)
+    if POST:
+        tma.store_wait(0)
+    square = gl.convert_layout(gl.sum(gl.sum(squares, axis=2), axis=1), row)
+    part_row = part.to(gl.int64) * T
+    gl.store(gram_ptr + part_row + rows, square, mask=mask)
+    high, low = gl.split(gl.permute(gl.reshape(acc, [BT, 2, KP]), [0, 2, 1]))
+    flat: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [BT // 16, 1], [1, 0])
+    projected = gl.convert_layout(high + low, flat)
+    rows = (t0 + gl.arange(0, BT, layout=gl.SliceLayout(1, flat))).to(gl.int64)
+    k = gl.arange(0, KP, layout=gl.SliceLayout(0, flat))
+    at = (part_row + rows)[:, None] * KP + k[None, :]
+    gl.store(projected_ptr + at, projected, mask=(rows < T)[:, None])

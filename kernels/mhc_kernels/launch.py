@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
 from .coefficients import split_phi_kernel
-from .hopper import boundary_grad_hopper_kernel
+from .hopper import boundary_grad_hopper_kernel, post_project_hopper_kernel
 from .post import post_kernel
 from .post_pre import boundary_grad_kernel, post_project_kernel
 from .pre import logits_grad_kernel, norm_weight_grad_kernel, phi_grad_kernel, read_kernel
@@ -88,6 +88,30 @@ class Plan:
         width = t.numel() // self.T
         return TensorDescriptor(t, [self.T, width], [width, 1], [block.BT, BC or block.BC])
 
+    def hopper_streams(self, t: Tensor, b: tuning.Block) -> HopperDescriptor:
+        """Descriptor of [T, n, C] as n tiles, one a stream, in one copy."""
+        n, C, layout = self.n, self.C, NVMMASharedLayout(2 * b.BC, 16, 3)
+        return HopperDescriptor(t, [n, self.T, C], [C, n * C, 1], [n, b.BT, b.BC], layout)
+
+    def hopper_rows(self, t: Tensor, b: tuning.Block) -> HopperDescriptor:
+        """Descriptor of [T, C] in tiles."""
+        layout = NVMMASharedLayout(2 * b.BC, 16, 2)
+        return HopperDescriptor(t, [self.T, self.C], [self.C, 1], [b.BT, b.BC], layout)
+
+    def hopper_phi(self, split: Tensor, b: tuning.Block, streams_first: bool) -> HopperDescriptor:
+        """phi's high and low halves, all rows, of BC channels of every stream in one copy.
+
+        The tile is [2, n, KP, BC], or [n, 2, KP, BC] with ``streams_first``.
+        """
+        n, C, K = self.n, self.C, self.K
+        half, stream = (2, K * n * C), (n, C)
+        outer = (stream, half) if streams_first else (half, stream)
+        shape, strides = zip(*outer, (K, n * C), (C, 1))
+        block = [outer[0][0], outer[1][0], self.KP, b.BC]
+        return HopperDescriptor(
+            split, list(shape), list(strides), block, NVMMASharedLayout(2 * b.BC, 16, 4)
+        )
+
     def phi(self, phi: Tensor, split: Tensor | None, BC: int, both: bool) -> TensorDescriptor:
         """phi in tiles of all (padded) rows: float32, or its high and low halves, one or both."""
         size = self.n * self.C
@@ -116,7 +140,8 @@ def project(
     norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_next (x itself without y) and the partial sums of its projection and squares."""
-    b = s.block("project")
+    fast = s.hopper and y_bias is None and not norm
+    b = s.block("project_hopper" if fast else "project")
     split = None
     if s.split:
         split = s.new(2, s.K, s.n * s.C, dtype=s.dtype)
@@ -131,6 +156,31 @@ def project(
     projected = s.new(parts, s.T, s.KP)
     gram = s.new(parts, s.T, _gram_size(s.n, norm))
     x_next = x if y is None else torch.empty_like(x)
+    if fast:
+        post_project_hopper_kernel[_grid(tiles, parts)](
+            s.hopper_streams(x, b),
+            s.hopper_rows(x.view(s.n * s.T, s.C) if y is None else y, b),
+            s.hopper_streams(x_next, b),
+            s.hopper_phi(split, b, streams_first=True),
+            H_post,
+            H_res,
+            projected,
+            gram,
+            s.T,
+            per_part,
+            n=s.n,
+            C=s.C,
+            KP=s.KP,
+            BT=b.BT,
+            BC=b.BC,
+            POST=y is not None,
+            RES=H_res is not None,
+            STAGES=b.stages,
+            PDL=s.pdl,
+            num_warps=b.warps,
+            launch_pdl=s.pdl,
+        )
+        return x_next, projected, gram
     x_desc = s.rows(x, b)
     post_project_kernel[_grid(tiles, parts)](
         x_desc,
@@ -417,27 +467,16 @@ def _boundary_grad_hopper(
 ) -> None:
     """``boundary_grad`` through the Gluon kernel."""
     n, C = s.n, s.C
-    row, phi_row = NVMMASharedLayout(2 * b.BC, 16, 2), NVMMASharedLayout(2 * b.BC, 16, 4)
-    stream_row = NVMMASharedLayout(2 * b.BC, 16, 3)
-
-    def streams(t: Tensor) -> HopperDescriptor:
-        return HopperDescriptor(t, [n, s.T, C], [C, n * C, 1], [n, b.BT, b.BC], stream_row)
-
-    def single(t: Tensor) -> HopperDescriptor:
-        return HopperDescriptor(t, [s.T, C], [C, 1], [b.BT, b.BC], row)
-
-    phi_shape, phi_strides = [2, n, s.K, C], [s.K * n * C, C, n * C, 1]
+    w_layout = NVMMASharedLayout(2 * s.KP, 16, 2)
     boundary_grad_hopper_kernel[_grid(tiles, sums[5])](
-        streams(x),
-        single(y),
-        streams(x if g is None else g),
-        single(du),
-        HopperDescriptor(logits.split, phi_shape, phi_strides, [2, n, s.KP, b.BC], phi_row),
-        HopperDescriptor(
-            logits.w, [s.T, 2 * s.KP], [2 * s.KP, 1], [b.BT, s.KP], NVMMASharedLayout(2 * s.KP, 16, 2)
-        ),
-        streams(dx),
-        single(dy),
+        s.hopper_streams(x, b),
+        s.hopper_rows(y, b),
+        s.hopper_streams(x if g is None else g, b),
+        s.hopper_rows(du, b),
+        s.hopper_phi(logits.split, b, streams_first=False),
+        HopperDescriptor(logits.w, [s.T, 2 * s.KP], [2 * s.KP, 1], [b.BT, s.KP], w_layout),
+        s.hopper_streams(dx, b),
+        s.hopper_rows(dy, b),
         H_post,
         H_res,
         logits.token,

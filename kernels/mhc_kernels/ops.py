@@ -191,13 +191,17 @@ def _pre_context(ctx, inputs, output) -> None:
 
 
 def _pre_backward(ctx, du, dH_post, dH_res, *unused):
+    return _pre_gradients(ctx, None, du, dH_post, dH_res)
+
+
+def _pre_gradients(ctx, g, du, dH_post, dH_res):
     x, phi, alpha, bias, norm_weight, p, inverse_rms, gram = ctx.saved_tensors
     if x.numel() == 0:
         return (*(_zeros(t) for t in (x, phi, alpha, bias, norm_weight)), *4 * (None,))
     du = x.new_zeros(x.shape[0], x.shape[2]) if du is None else du
     dx, _, _, _, dphi, dalpha, dbias, dnorm = boundary_backward_op(
         x, None, None, None, None, x, phi, alpha, bias, norm_weight, p, inverse_rms, gram,
-        None, du, _wide(dH_post), _wide(dH_res), *ctx.options,
+        g, du, _wide(dH_post), _wide(dH_res), *ctx.options,
     )  # fmt: skip
     dnorm = dnorm if norm_weight is not None else None
     return dx, dphi, dalpha, dbias, dnorm, None, None, None, None
@@ -253,3 +257,22 @@ def _wide(t: Optional[Tensor]) -> Optional[Tensor]:
 pre_op.register_autograd(_pre_backward, setup_context=_pre_context)
 post_pre_op.register_autograd(_post_pre_backward, setup_context=_post_pre_context)
 post_op.register_autograd(_post_backward, setup_context=_post_context)
+
+
+class Enter(torch.autograd.Function):
+    """``pre_op`` that hands x on: whoever reads x next sends its gradient back through here.
+
+    x feeds both this pre and the next boundary. As two uses autograd would add two gradients of x;
+    handed on, the other one is an operand of the kernel that makes this one.
+    """
+
+    @staticmethod
+    def forward(ctx, x, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps):
+        inputs = (x, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps)
+        output = pre_op(*inputs)
+        _pre_context(ctx, inputs, output)
+        return (x.view_as(x), *output[:3])
+
+    @staticmethod
+    def backward(ctx, g, du, dH_post, dH_res):
+        return _pre_gradients(ctx, g, du, dH_post, dH_res)

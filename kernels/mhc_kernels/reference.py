@@ -169,6 +169,13 @@ def mhc_pre(
     return u.to(x.dtype), H_post, H_res
 
 
+def mhc_enter(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **pre_options
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``mhc_pre`` at the head of a chain of sublayers: x handed on, u, H_post, H_res."""
+    return x, *mhc_pre(x, phi, alpha, bias, **pre_options)
+
+
 def mhc_post(
     x: Tensor, y: Tensor, H_post: Tensor, H_res: Tensor | None, y_bias: Tensor | None = None
 ) -> Tensor:
