@@ -226,18 +226,18 @@ def res_grad(
         at = rows[:, None] * E + tl.arange(0, E)[None, :]
         dH = tl.load(dH_res_ptr + at, mask=mask[:, None], other=0.0)
         d = permuted_grad(dH, permutations_ptr, R, RP, E)
-        return weights * (d - tl.sum(weights * d, axis=1, keep_dims=True)), p, p
-    # Loaded flat, so that the n*n entries of a token are neighbouring lanes of one warp.
-    e = tl.arange(0, E)
-    p = tl.load(p_ptr + rows[:, None] * K + 2 * n + e[None, :], mask=mask[:, None], other=0.0)
-    dH = tl.load(dH_res_ptr + rows[:, None] * E + e[None, :], mask=mask[:, None], other=0.0)
-    logits, a = two_sided(p, alpha, tl.load(bias_ptr + 2 * n + e)[None, :], VARIANT == "hc")
-    if VARIANT == "mhc":
-        dH = sinkhorn_grad(
-            tl.reshape(logits, [BT, n, n]), tl.reshape(dH, [BT, n, n]), ITERATIONS
-        )
-        dH = tl.reshape(dH, [BT, E])
-    return dH, p, a
+        d = weights * (d - tl.sum(weights * d, axis=1, keep_dims=True))
+        a = p
+    else:
+        # Loaded flat, so that the n*n entries of a token are neighbouring lanes of one warp.
+        e = tl.arange(0, E)
+        p = tl.load(p_ptr + rows[:, None] * K + 2 * n + e[None, :], mask=mask[:, None], other=0.0)
+        d = tl.load(dH_res_ptr + rows[:, None] * E + e[None, :], mask=mask[:, None], other=0.0)
+        logits, a = two_sided(p, alpha, tl.load(bias_ptr + 2 * n + e)[None, :], VARIANT == "hc")
+        if VARIANT == "mhc":
+            logits, d = tl.reshape(logits, [BT, n, n]), tl.reshape(d, [BT, n, n])
+            d = tl.reshape(sinkhorn_grad(logits, d, ITERATIONS), [BT, E])
+    return d, p, a
 
 
 @triton.jit

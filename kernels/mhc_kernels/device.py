@@ -122,25 +122,21 @@ def sinkhorn(logits, ITERATIONS: tl.constexpr):
 def sinkhorn_grad(logits, dH, ITERATIONS: tl.constexpr):
     """Gradient of ``sinkhorn`` with respect to the logits, [BT, n, n].
 
-    The forward is run again and every normalised matrix kept: one element a thread, two values an
-    iteration, so the history lives in registers. m = p / sum(p) has the adjoint
-    dp = (dm - sum(dm m)) / sum(p).
+    m = p / sum(p) has the adjoint dp = (dm - sum(dm m)) / sum(p). The forward is run again and only
+    its sums kept, one register each; going back, a matrix before a normalisation is the one after
+    it times the sum.
     """
     m = tl.exp(logits - tl.max(tl.max(logits, axis=2, keep_dims=True), axis=1, keep_dims=True))
-    matrices = (m,)
-    inverses = ()
+    sums = ()
     for _ in tl.static_range(ITERATIONS):
-        r = 1.0 / tl.sum(m, axis=1, keep_dims=True)
-        m = m * r
-        matrices = matrices + (m,)
-        inverses = inverses + (r,)
-        r = 1.0 / tl.sum(m, axis=2, keep_dims=True)
-        m = m * r
-        matrices = matrices + (m,)
-        inverses = inverses + (r,)
+        columns = tl.sum(m, axis=1, keep_dims=True)
+        m = m * (1.0 / columns)
+        rows = tl.sum(m, axis=2, keep_dims=True)
+        m = m * (1.0 / rows)
+        sums = sums + (columns, rows)
     for t in tl.static_range(ITERATIONS, 0, -1):
-        rows = tl.sum(dH * matrices[2 * t], axis=2, keep_dims=True)
-        dH = (dH - rows) * inverses[2 * t - 1]
-        columns = tl.sum(dH * matrices[2 * t - 1], axis=1, keep_dims=True)
-        dH = (dH - columns) * inverses[2 * t - 2]
-    return dH * matrices[0]
+        dH = (dH - tl.sum(dH * m, axis=2, keep_dims=True)) * (1.0 / sums[2 * t - 1])
+        m = m * sums[2 * t - 1]
+        dH = (dH - tl.sum(dH * m, axis=1, keep_dims=True)) * (1.0 / sums[2 * t - 2])
+        m = m * sums[2 * t - 2]
+    return dH * m

@@ -69,17 +69,21 @@ def add_products(total, a, b, count: gl.constexpr):
 def load_stage(
     chunk, slot, pred, x_desc, y_desc, g_desc, du_desc, phi_desc, ready, x_tiles, g_tiles, y_tiles,
     phi_tiles, t0,
-    n: gl.constexpr, KP: gl.constexpr, BT: gl.constexpr, BC: gl.constexpr, HAS_G: gl.constexpr,
+    n: gl.constexpr, KP: gl.constexpr, BT: gl.constexpr, BC: gl.constexpr, PRE: gl.constexpr,
+    POST: gl.constexpr, HAS_G: gl.constexpr,
 ):  # fmt: skip
     """Starts the loads of BC channels into stage ``slot``: all streams of a tensor in one copy."""
-    count: gl.constexpr = 2 * n + 2 if HAS_G else n + 2
+    count: gl.constexpr = n + (1 if PRE else 0) + (1 if POST else 0) + (n if HAS_G else 0)
+    phi_bytes: gl.constexpr = 2 * n * KP * BC * 2 if PRE else 0
     bar = ready.index(slot)
-    mbarrier.expect(bar, count * BT * BC * 2 + 2 * n * KP * BC * 2, pred)
+    mbarrier.expect(bar, count * BT * BC * 2 + phi_bytes, pred)
     c0 = chunk * BC
-    tma.async_copy_global_to_shared(phi_desc, [0, 0, 0, c0], bar, phi_tiles.index(slot), pred)
+    if PRE:
+        tma.async_copy_global_to_shared(phi_desc, [0, 0, 0, c0], bar, phi_tiles.index(slot), pred)
+        tma.async_copy_global_to_shared(du_desc, [t0, c0], bar, y_tiles.index(2 * slot + 1), pred)
     tma.async_copy_global_to_shared(x_desc, [0, t0, c0], bar, x_tiles.index(slot), pred)
-    tma.async_copy_global_to_shared(y_desc, [t0, c0], bar, y_tiles.index(2 * slot), pred)
-    tma.async_copy_global_to_shared(du_desc, [t0, c0], bar, y_tiles.index(2 * slot + 1), pred)
+    if POST:
+        tma.async_copy_global_to_shared(y_desc, [t0, c0], bar, y_tiles.index(2 * slot), pred)
     if HAS_G:
         tma.async_copy_global_to_shared(g_desc, [0, t0, c0], bar, g_tiles.index(slot), pred)
 
@@ -129,6 +133,40 @@ def store_sums(
                     gl.store(dH_res_ptr + rows * (n * n) + (e - n), total, mask=mask)
 
 
+@gluon.jit
+def mix(x, y, H_res, H_post, o: gl.constexpr, n: gl.constexpr, RES: gl.constexpr):
+    """Stream o of H_res x + H_post y, as ``post_pre.mix``."""
+    out = H_post[o][:, None] * y
+    if RES:
+        for i in gl.static_range(n):
+            out += H_res[o * n + i][:, None] * x[i]
+    else:
+        out += x[o]
+    return out
+
+
+@gluon.jit
+def add_coefficient_grads(
+    d_post, d_res, G, x, y, n: gl.constexpr, BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr,
+    RES: gl.constexpr,
+):  # fmt: skip
+    """Adds G[o] . y and G[o] . x[i] of this block of channels, inside each thread."""
+    count: gl.constexpr = BC // (4 * WN)
+    post = ()
+    res = ()
+    y_pieces = pieces(y, BT, BC, WN)
+    x_pieces = ()
+    for i in gl.static_range(n):
+        x_pieces = x_pieces + (pieces(x[i], BT, BC, WN),)
+    for o in gl.static_range(n):
+        G_pieces = pieces(G[o], BT, BC, WN)
+        post = post + (add_products(d_post[o], G_pieces, y_pieces, count),)
+        if RES:
+            for i in gl.static_range(n):
+                res = res + (add_products(d_res[o * n + i], G_pieces, x_pieces[i], count),)
+    return post, res
+
+
 @gluon.jit(do_not_specialize=["T", "parts", "per_part"])
 def boundary_grad_hopper_kernel(
     x_desc,
@@ -156,12 +194,17 @@ def boundary_grad_hopper_kernel(
     BT: gl.constexpr,
     BC: gl.constexpr,
     WN: gl.constexpr,
+    PRE: gl.constexpr,
+    POST: gl.constexpr,
     RES: gl.constexpr,
     HAS_G: gl.constexpr,
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """A tile of BT tokens and a part of the channels, BC at a time; WN warps side by side in BC."""
+    """A tile of BT tokens and a part of the channels, BC at a time; WN warps side by side in BC.
+
+    PRE, POST: as in ``post_pre.boundary_grad_kernel``.
+    """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -176,118 +219,125 @@ def boundary_grad_hopper_kernel(
     x_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, n, BT, BC], x_desc.layout)
     g_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, n, BT, BC], x_desc.layout)
     y_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, BT, BC], y_desc.layout)
-    phi_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, n, KP, BC], phi_desc.layout)
     # The same memory stream by stream: a stream's tile is contiguous in all of them.
     x_tile = x_tiles._reinterpret(gl.bfloat16, [STAGES * n, BT, BC], y_desc.layout)
     g_tile = g_tiles._reinterpret(gl.bfloat16, [STAGES * n, BT, BC], y_desc.layout)
-    phi_tile = phi_tiles._reinterpret(gl.bfloat16, [STAGES * 2 * n, KP, BC], y_desc.layout)
-    w_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BT, KP], w_desc.layout)
+    phi_tiles = x_tiles
+    phi_tile = x_tile
+    w_tiles = x_tile
+    if PRE:
+        phi_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, n, KP, BC], phi_desc.layout)
+        phi_tile = phi_tiles._reinterpret(gl.bfloat16, [STAGES * 2 * n, KP, BC], y_desc.layout)
+        w_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BT, KP], w_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES + 1):
         mbarrier.init(ready.index(s), count=1)
     fence_async_shared()
     w_bar = ready.index(STAGES)
-    mbarrier.expect(w_bar, 2 * BT * KP * 2)
-    tma.async_copy_global_to_shared(w_desc, [t0, 0], w_bar, w_tiles.index(0))
-    tma.async_copy_global_to_shared(w_desc, [t0, KP], w_bar, w_tiles.index(1))
+    if PRE:
+        mbarrier.expect(w_bar, 2 * BT * KP * 2)
+        tma.async_copy_global_to_shared(w_desc, [t0, 0], w_bar, w_tiles.index(0))
+        tma.async_copy_global_to_shared(w_desc, [t0, KP], w_bar, w_tiles.index(1))
     for s in gl.static_range(STAGES - 1):
         load_stage(
             first + s, s, first + s < last, x_desc, y_desc, g_desc, du_desc, phi_desc, ready,
-            x_tiles, g_tiles, y_tiles, phi_tiles, t0, n, KP, BT, BC, HAS_G,
+            x_tiles, g_tiles, y_tiles, phi_tiles, t0, n, KP, BT, BC, PRE, POST, HAS_G,
         )  # fmt: skip
 
     rows = (t0 + gl.arange(0, BT, layout=row)).to(gl.int64)
     mask = rows < T
-    H_post = load_columns(H_post_ptr, rows, n, n, mask)
+    H_post = ()
     H_res = ()
-    if RES:
-        H_res = load_columns(H_res_ptr, rows, n * n, n * n, mask)
-    token = load_columns(token_ptr, rows, n + 4, n + 2, mask)
-    norm = token[n] + token[n + 1]
+    token = ()
+    if POST:
+        H_post = load_columns(H_post_ptr, rows, n, n, mask)
+        if RES:
+            H_res = load_columns(H_res_ptr, rows, n * n, n * n, mask)
+    if PRE:
+        token = load_columns(token_ptr, rows, n + 4, n + 2, mask)
+        token = token + (token[n] + token[n + 1],)
     zero = gl.full([BT, BC], 0.0, gl.float32, layout=mma)
     empty = pieces(zero, BT, BC, WN)[0]
     d_post = ()
-    for _ in gl.static_range(n):
+    for _ in gl.static_range(n if POST else 0):
         d_post = d_post + (empty,)
     d_res = ()
-    for _ in gl.static_range(n * n if RES else 0):
+    for _ in gl.static_range(n * n if POST and RES else 0):
         d_res = d_res + (empty,)
-    mbarrier.wait(w_bar, 0)
+    if PRE:
+        mbarrier.wait(w_bar, 0)
 
     slot = 0
     phase = 0
     for chunk in range(first, last):
         mbarrier.wait(ready.index(slot), phase)
-        acc = phi_gradients(w_tiles, phi_tile, slot, n, zero)
+        acc = ()
+        if PRE:
+            acc = phi_gradients(w_tiles, phi_tile, slot, n, zero)
         x = ()
         for i in gl.static_range(n):
             x = x + (x_tile.index(slot * n + i).load(mma).to(gl.float32),)
-        y = y_tiles.index(2 * slot).load(mma).to(gl.float32)
-        du = y_tiles.index(2 * slot + 1).load(mma).to(gl.float32)
-        other = ()
-        for o in gl.static_range(n):
-            x_next = H_post[o][:, None] * y
-            if RES:
-                for i in gl.static_range(n):
-                    x_next += H_res[o * n + i][:, None] * x[i]
-            else:
-                x_next += x[o]
-            if HAS_G:
-                G = g_tile.index(slot * n + o).load(mma).to(gl.float32) + norm[:, None] * x_next
-            else:
-                G = norm[:, None] * x_next
-            other = other + (G + token[o][:, None] * du,)
-        acc = warpgroup_mma_wait(0, deps=acc)
+        y = x[0]
+        du = x[0]
+        if POST:
+            y = y_tiles.index(2 * slot).load(mma).to(gl.float32)
+        if PRE:
+            du = y_tiles.index(2 * slot + 1).load(mma).to(gl.float32)
         G = ()
         for o in gl.static_range(n):
-            G = G + (acc[o] + other[o],)
+            part_of_G = zero
+            if HAS_G:
+                part_of_G = g_tile.index(slot * n + o).load(mma).to(gl.float32)
+            if PRE:
+                x_next = x[o]
+                if POST:
+                    x_next = mix(x, y, H_res, H_post, o, n, RES)
+                part_of_G += token[n + 2][:, None] * x_next
+                part_of_G += token[o][:, None] * du
+            G = G + (part_of_G,)
+        if PRE:
+            acc = warpgroup_mma_wait(0, deps=acc)
+            total = ()
+            for o in gl.static_range(n):
+                total = total + (acc[o] + G[o],)
+            G = total
         for i in gl.static_range(n):
             dx = G[i]
-            if RES:
+            if POST and RES:
                 dx = H_res[i][:, None] * G[0]
                 for o in gl.static_range(1, n):
                     dx += H_res[o * n + i][:, None] * G[o]
             g_tile.index(slot * n + i).store(dx.to(gl.bfloat16))
-        dy = H_post[0][:, None] * G[0]
-        for o in gl.static_range(1, n):
-            dy += H_post[o][:, None] * G[o]
-        y_tiles.index(2 * slot + 1).store(dy.to(gl.bfloat16))
+        if POST:
+            dy = H_post[0][:, None] * G[0]
+            for o in gl.static_range(1, n):
+                dy += H_post[o][:, None] * G[o]
+            y_tiles.index(2 * slot + 1).store(dy.to(gl.bfloat16))
         fence_async_shared()
-        post = ()
-        res = ()
-        y_pieces = pieces(y, BT, BC, WN)
-        x_pieces = ()
-        for i in gl.static_range(n):
-            x_pieces = x_pieces + (pieces(x[i], BT, BC, WN),)
-        for o in gl.static_range(n):
-            G_pieces = pieces(G[o], BT, BC, WN)
-            post = post + (add_products(d_post[o], G_pieces, y_pieces, BC // (4 * WN)),)
-            if RES:
-                for i in gl.static_range(n):
-                    total = add_products(d_res[o * n + i], G_pieces, x_pieces[i], BC // (4 * WN))
-                    res = res + (total,)
-        d_post = post
-        d_res = res
+        if POST:
+            d_post, d_res = add_coefficient_grads(d_post, d_res, G, x, y, n, BT, BC, WN, RES)
         gl.thread_barrier()
         c0 = chunk * BC
         tma.async_copy_shared_to_global(dx_desc, [0, t0, c0], g_tiles.index(slot))
-        tma.async_copy_shared_to_global(dy_desc, [t0, c0], y_tiles.index(2 * slot + 1))
+        if POST:
+            tma.async_copy_shared_to_global(dy_desc, [t0, c0], y_tiles.index(2 * slot + 1))
         # The stage of the step before is free once its results have left shared memory.
-        tma.store_wait(2)
+        tma.store_wait(2 if POST else 1)
         free = slot + STAGES - 1
         free = gl.where(free >= STAGES, free - STAGES, free)
         load_stage(
             chunk + STAGES - 1, free, chunk + STAGES - 1 < last, x_desc, y_desc, g_desc, du_desc,
-            phi_desc, ready, x_tiles, g_tiles, y_tiles, phi_tiles, t0, n, KP, BT, BC, HAS_G,
+            phi_desc, ready, x_tiles, g_tiles, y_tiles, phi_tiles, t0, n, KP, BT, BC, PRE, POST, HAS_G,
         )  # fmt: skip
         slot += 1
         phase = gl.where(slot == STAGES, phase ^ 1, phase)
         slot = gl.where(slot == STAGES, 0, slot)
     tma.store_wait(0)
-    store_sums(
-        d_post, d_res, dH_post_ptr, dH_res_ptr, parts_ptr, counter_ptr + tile, rows, mask, T, part,
-        parts, n, RES, row,
-    )  # fmt: skip
+    if POST:
+        store_sums(
+            d_post, d_res, dH_post_ptr, dH_res_ptr, parts_ptr, counter_ptr + tile, rows, mask, T,
+            part, parts, n, RES, row,
+        )  # fmt: skip
 
 
 @gluon.jit

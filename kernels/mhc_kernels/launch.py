@@ -67,6 +67,10 @@ class Plan:
     def block(self, kernel: str) -> tuning.Block:
         return tuning.block(kernel, self.n, self.C, self.dtype.itemsize, self.arch)
 
+    def slots(self, block: tuning.Block) -> int:
+        """Blocks of a kernel that fills the registers with eight warps that run at once."""
+        return self.multiprocessors * max(1, 8 // block.warps)
+
     def phi_columns(self) -> int:
         """Blocks of columns in ``phi_grad``."""
         return self.n * self.C // self.block("phi_grad").BC
@@ -150,7 +154,7 @@ def project(
             phi, split, phi.numel(), WIDTH=PHI_WIDTH, PDL=s.pdl, launch_pdl=s.pdl
         )
     tiles, chunks = triton.cdiv(s.T, b.BT), s.C // b.BC
-    parts = tuning.parts(tiles, min(b.split, chunks), s.multiprocessors)
+    parts = tuning.parts(tiles, chunks, b.split, s.slots(b))
     per_part = triton.cdiv(chunks, parts)
     parts = triton.cdiv(chunks, per_part)
     projected = s.new(parts, s.T, s.KP)
@@ -159,7 +163,7 @@ def project(
     if fast:
         post_project_hopper_kernel[_grid(tiles, parts)](
             s.hopper_streams(x, b),
-            s.hopper_rows(x.view(s.n * s.T, s.C) if y is None else y, b),
+            s.hopper_rows(x if y is None else y, b),
             s.hopper_streams(x_next, b),
             s.hopper_phi(split, b, streams_first=True),
             H_post,
@@ -353,7 +357,7 @@ def phi_grad(
     """dphi [K, nC], dalpha and dbias."""
     b = s.block("phi_grad")
     columns, blocks = s.phi_columns(), triton.cdiv(s.T, b.BT)
-    parts = tuning.parts(columns, min(b.split, blocks), s.multiprocessors, waves=2)
+    parts = tuning.parts(columns + 1, blocks, b.split, 3 * s.multiprocessors)
     per_part = triton.cdiv(blocks, parts)
     parts = triton.cdiv(blocks, per_part)
     dphi, dalpha, dbias = s.new(s.K, s.n * s.C), torch.empty_like(alpha), s.new(s.K)
@@ -397,10 +401,10 @@ def boundary_grad(
     logits: LogitsGrad | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dy, dH_post, dH_res. Without y: of a pre alone; without logits: of a post alone."""
-    fast = s.hopper and None not in (y, logits) and y_bias is None and norm_weight is None
+    fast = s.hopper and y_bias is None and norm_weight is None
     b = s.block("boundary_grad_hopper" if fast else "boundary_grad")
     tiles, chunks = s.boundary_tiles(), s.C // b.BC
-    parts = tuning.parts(tiles, min(b.split, chunks), s.multiprocessors)
+    parts = tuning.parts(tiles, chunks, b.split, s.slots(b))
     per_part = triton.cdiv(chunks, parts)
     parts = triton.cdiv(chunks, per_part)
     dx, dy, dH_post, dH_res, partial = torch.empty_like(x), None, None, None, None
@@ -455,31 +459,39 @@ def _boundary_grad_hopper(
     b: tuning.Block,
     tiles: int,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     g: Tensor | None,
-    du: Tensor,
-    H_post: Tensor,
+    du: Tensor | None,
+    H_post: Tensor | None,
     H_res: Tensor | None,
-    logits: LogitsGrad,
+    logits: LogitsGrad | None,
     dx: Tensor,
-    dy: Tensor,
+    dy: Tensor | None,
     sums: tuple,
 ) -> None:
     """``boundary_grad`` through the Gluon kernel."""
     n, C = s.n, s.C
-    w_layout = NVMMASharedLayout(2 * s.KP, 16, 2)
+    phi = w = None
+    if logits is not None:
+        phi = s.hopper_phi(logits.split, b, streams_first=False)
+        layout = NVMMASharedLayout(2 * s.KP, 16, 2)
+        w = HopperDescriptor(logits.w, [s.T, 2 * s.KP], [2 * s.KP, 1], [b.BT, s.KP], layout)
+
+    def row_or_x(t: Tensor | None) -> HopperDescriptor:
+        return s.hopper_rows(x if t is None else t, b)
+
     boundary_grad_hopper_kernel[_grid(tiles, sums[5])](
         s.hopper_streams(x, b),
-        s.hopper_rows(y, b),
+        row_or_x(y),
         s.hopper_streams(x if g is None else g, b),
-        s.hopper_rows(du, b),
-        s.hopper_phi(logits.split, b, streams_first=False),
-        HopperDescriptor(logits.w, [s.T, 2 * s.KP], [2 * s.KP, 1], [b.BT, s.KP], w_layout),
+        row_or_x(du),
+        row_or_x(None) if phi is None else phi,
+        row_or_x(None) if w is None else w,
         s.hopper_streams(dx, b),
-        s.hopper_rows(dy, b),
+        row_or_x(dy),
         H_post,
         H_res,
-        logits.token,
+        None if logits is None else logits.token,
         *sums,
         n=n,
         C=C,
@@ -488,6 +500,8 @@ def _boundary_grad_hopper(
         BT=b.BT,
         BC=b.BC,
         WN=16 * b.warps // b.BT,
+        PRE=logits is not None,
+        POST=y is not None,
         RES=H_res is not None,
         HAS_G=g is not None,
         STAGES=b.stages,

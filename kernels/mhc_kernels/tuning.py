@@ -33,10 +33,10 @@ class Block:
 
 DEFAULTS: dict[str, Block] = {
     "project": Block(BT=64, BC=32, warps=4, stages=3, split=4),
-    "read": Block(BT=16, BC=256, warps=4, stages=1),
+    "read": Block(BT=16, BC=256, warps=4, stages=2),
     "post": Block(BT=8, BC=256, warps=4, stages=2),
-    "read_grad": Block(BT=8, BC=256, warps=2, stages=1),
-    "logits_grad": Block(BT=4, BC=16, warps=2),
+    "read_grad": Block(BT=4, BC=256, warps=1, stages=1),
+    "logits_grad": Block(BT=2, BC=16, warps=1),
     "phi_grad": Block(BT=64, BC=64, warps=4, stages=4, split=8),
     "boundary_grad": Block(BT=64, BC=16, warps=4, stages=3, split=16),
     "boundary_grad_hopper": Block(BT=64, BC=16, warps=4, stages=3, split=16),
@@ -71,6 +71,13 @@ def block(kernel: str, n: int, C: int, itemsize: int, arch: int) -> Block:
     return Block(BT, BC, chosen.warps, chosen.stages, chosen.split)
 
 
-def parts(tiles: int, most: int, multiprocessors: int, waves: int = 4) -> int:
-    """How often to split the channels of a tile so that ``tiles`` of them fill the GPU."""
-    return max(1, min(most, -(-waves * multiprocessors // max(tiles, 1))))
+def parts(tiles: int, chunks: int, most: int, slots: int, fixed: int = 4) -> int:
+    """How often to split the ``chunks`` of a tile so that the GPU's ``slots`` are busiest.
+
+    Blocks run in waves of ``slots``; a block costs its chunks and about ``fixed`` more to begin and
+    end.
+    """
+    def time(p: int) -> int:
+        return -(-tiles * p // slots) * (-(-chunks // p) + fixed)
+
+    return min(range(1, min(most, chunks) + 1), key=time)
