@@ -87,8 +87,8 @@ def sum_of_squares(gram_parts_ptr, rows, mask, parts, part_rows, n: tl.constexpr
     count: tl.constexpr = n * (n + 1) // 2 if NORM else 1
     total = sum_parts(gram_parts_ptr, rows * count, parts, part_rows * count, mask)
     for i in tl.static_range(1, n if NORM else 1):
-        k: tl.constexpr = i * n - i * (i - 1) // 2
-        total += sum_parts(gram_parts_ptr, rows * count + k, parts, part_rows * count, mask)
+        at = rows * count + (i * n - i * (i - 1) // 2)
+        total += sum_parts(gram_parts_ptr, at, parts, part_rows * count, mask)
     return total
 
 
