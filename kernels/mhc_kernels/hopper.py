@@ -65,6 +65,45 @@ def add_products(total, a, b, count: gl.constexpr):
     return total
 
 
+@gluon.constexpr_function
+def prefetch_instruction(width):
+    return f"cp.async.bulk.prefetch.L2.global [$1], {2 * width}; mov.b32 $0, 0;"
+
+
+@gluon.jit
+def prefetch(ptr, t0, T, c0, BT: gl.constexpr, n: gl.constexpr, C: gl.constexpr, WIDTH: gl.constexpr):
+    """Brings channels c0 .. c0+WIDTH of n C-channel rows a token, BT tokens, into L2.
+
+    A tile's own rows are short: read alone they would open every page of memory for 64 bytes.
+    """
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    row = t0 * n + gl.arange(0, BT * n, layout=flat)
+    row = gl.minimum(row, T * n - 1).to(gl.int64)
+    gl.inline_asm_elementwise(
+        prefetch_instruction(WIDTH),
+        "=r,l",
+        [ptr + row * C + c0],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def prefetch_all(
+    x_ptr, y_ptr, g_ptr, du_ptr, t0, T, c0, BT: gl.constexpr, n: gl.constexpr, C: gl.constexpr,
+    WIDTH: gl.constexpr, PRE: gl.constexpr, POST: gl.constexpr, HAS_G: gl.constexpr,
+):  # fmt: skip
+    """``prefetch`` of what ``load_stage`` loads."""
+    prefetch(x_ptr, t0, T, c0, BT, n, C, WIDTH)
+    if HAS_G:
+        prefetch(g_ptr, t0, T, c0, BT, n, C, WIDTH)
+    if POST:
+        prefetch(y_ptr, t0, T, c0, BT, 1, C, WIDTH)
+    if PRE:
+        prefetch(du_ptr, t0, T, c0, BT, 1, C, WIDTH)
+
+
 @gluon.jit
 def load_stage(
     chunk, slot, pred, x_desc, y_desc, g_desc, du_desc, phi_desc, ready, x_tiles, g_tiles, y_tiles,
@@ -177,6 +216,10 @@ def boundary_grad_hopper_kernel(
     w_desc,
     dx_desc,
     dy_desc,
+    x_ptr,
+    y_ptr,
+    g_ptr,
+    du_ptr,
     H_post_ptr,
     H_res_ptr,
     token_ptr,
@@ -194,6 +237,7 @@ def boundary_grad_hopper_kernel(
     BT: gl.constexpr,
     BC: gl.constexpr,
     WN: gl.constexpr,
+    AHEAD: gl.constexpr,
     PRE: gl.constexpr,
     POST: gl.constexpr,
     RES: gl.constexpr,
@@ -238,6 +282,9 @@ def boundary_grad_hopper_kernel(
         mbarrier.expect(w_bar, 2 * BT * KP * 2)
         tma.async_copy_global_to_shared(w_desc, [t0, 0], w_bar, w_tiles.index(0))
         tma.async_copy_global_to_shared(w_desc, [t0, KP], w_bar, w_tiles.index(1))
+    if AHEAD > 0:
+        c0 = first * BC // AHEAD * AHEAD
+        prefetch_all(x_ptr, y_ptr, g_ptr, du_ptr, t0, T, c0, BT, n, C, AHEAD, PRE, POST, HAS_G)
     for s in gl.static_range(STAGES - 1):
         load_stage(
             first + s, s, first + s < last, x_desc, y_desc, g_desc, du_desc, phi_desc, ready,
@@ -270,6 +317,13 @@ def boundary_grad_hopper_kernel(
     slot = 0
     phase = 0
     for chunk in range(first, last):
+        c0 = chunk * BC
+        if AHEAD > 0:
+            if c0 % AHEAD == 0 and c0 + AHEAD < last * BC:
+                next_c0 = c0 + AHEAD
+                prefetch_all(
+                    x_ptr, y_ptr, g_ptr, du_ptr, t0, T, next_c0, BT, n, C, AHEAD, PRE, POST, HAS_G
+                )  # fmt: skip
         mbarrier.wait(ready.index(slot), phase)
         acc = ()
         if PRE:
@@ -317,7 +371,6 @@ def boundary_grad_hopper_kernel(
         if POST:
             d_post, d_res = add_coefficient_grads(d_post, d_res, G, x, y, n, BT, BC, WN, RES)
         gl.thread_barrier()
-        c0 = chunk * BC
         tma.async_copy_shared_to_global(dx_desc, [0, t0, c0], g_tiles.index(slot))
         if POST:
             tma.async_copy_shared_to_global(dy_desc, [t0, c0], y_tiles.index(2 * slot + 1))
@@ -377,6 +430,8 @@ def post_project_hopper_kernel(
     y_desc,
     x_next_desc,
     phi_desc,
+    x_ptr,
+    y_ptr,
     H_post_ptr,
     H_res_ptr,
     projected_ptr,
@@ -388,6 +443,7 @@ def post_project_hopper_kernel(
     KP: gl.constexpr,
     BT: gl.constexpr,
     BC: gl.constexpr,
+    AHEAD: gl.constexpr,
     POST: gl.constexpr,
     RES: gl.constexpr,
     STAGES: gl.constexpr,
@@ -417,6 +473,10 @@ def post_project_hopper_kernel(
     for s in gl.static_range(STAGES):
         mbarrier.init(ready.index(s), count=1)
     fence_async_shared()
+    if AHEAD > 0:
+        prefetch(x_ptr, t0, T, first * BC // AHEAD * AHEAD, BT, n, C, AHEAD)
+        if POST:
+            prefetch(y_ptr, t0, T, first * BC // AHEAD * AHEAD, BT, 1, C, AHEAD)
     for s in gl.static_range(STAGES - 1):
         load_project_stage(
             first + s, s, first + s < last, x_desc, y_desc, phi_desc, ready, x_tiles, y_tiles,
@@ -437,6 +497,12 @@ def post_project_hopper_kernel(
     slot = 0
     phase = 0
     for chunk in range(first, last):
+        if AHEAD > 0:
+            c0 = chunk * BC
+            if c0 % AHEAD == 0 and c0 + AHEAD < last * BC:
+                prefetch(x_ptr, t0, T, c0 + AHEAD, BT, n, C, AHEAD)
+                if POST:
+                    prefetch(y_ptr, t0, T, c0 + AHEAD, BT, 1, C, AHEAD)
         mbarrier.wait(ready.index(slot), phase)
         x = ()
         for i in gl.static_range(n):

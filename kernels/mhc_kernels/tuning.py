@@ -7,7 +7,7 @@ takes its architecture's default, cut down until the channel block divides C.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +19,7 @@ class Block:
     """One kernel's launch shape: tokens and channels a tile, warps, pipeline stages.
 
     ``split``: at most so many blocks share a tile of tokens (or, for phi_grad, of channels).
+    ``ahead``: channels brought into L2 at a time, ahead of the loads (Hopper kernels).
     """
 
     BT: int
@@ -26,6 +27,7 @@ class Block:
     warps: int
     stages: int = 1
     split: int = 1
+    ahead: int = 0
 
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "num_stages": self.stages}
@@ -68,7 +70,7 @@ def block(kernel: str, n: int, C: int, itemsize: int, arch: int) -> Block:
         BC = max(16, BC * 8 // (n * itemsize))
     if n == 8 and kernel == "logits_grad":
         BT = 1
-    return Block(BT, BC, chosen.warps, chosen.stages, chosen.split)
+    return replace(chosen, BT=BT, BC=BC)
 
 
 def parts(tiles: int, chunks: int, most: int, slots: int, fixed: int = 4) -> int:
