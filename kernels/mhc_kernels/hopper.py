@@ -10,6 +10,7 @@ For bfloat16 streams, n = 4 and no fused norm; ``launch`` keeps the plain kernel
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -30,14 +31,18 @@ def load_columns(ptr, rows, stride: gl.constexpr, count: gl.constexpr, mask):
 
 
 @gluon.jit
-def pieces(x, BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr):
+def pieces(x, BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr, MMA: gl.constexpr):
     """[BT, BC] as a tuple of [BT, WN, 4]: the elements of a row that one thread holds, one by one.
 
     In the matrix units' output four neighbouring lanes share a row and hold two adjacent columns of
-    every eight; nothing moves.
+    every eight; warps side by side take turns (version 2) or BC / WN columns each (version 3).
+    Nothing moves.
     """
     groups: gl.constexpr = BC // (8 * WN)
-    view = gl.reshape(x, [BT, WN, groups, 4, 2])
+    if MMA == 3:
+        view = gl.reshape(x, [BT, WN, groups, 4, 2])
+    else:
+        view = gl.permute(gl.reshape(x, [BT, groups, WN, 4, 2]), [0, 2, 1, 3, 4])
     halves = gl.split(view)
     out = ()
     for h in gl.static_range(2):
@@ -63,45 +68,6 @@ def add_products(total, a, b, count: gl.constexpr):
     for k in gl.static_range(count):
         total += a[k] * b[k]
     return total
-
-
-@gluon.constexpr_function
-def prefetch_instruction(width):
-    return f"cp.async.bulk.prefetch.L2.global [$1], {2 * width}; mov.b32 $0, 0;"
-
-
-@gluon.jit
-def prefetch(ptr, t0, T, c0, BT: gl.constexpr, n: gl.constexpr, C: gl.constexpr, WIDTH: gl.constexpr):
-    """Brings channels c0 .. c0+WIDTH of n C-channel rows a token, BT tokens, into L2.
-
-    A tile's own rows are short: read alone they would open every page of memory for 64 bytes.
-    """
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    row = t0 * n + gl.arange(0, BT * n, layout=flat)
-    row = gl.minimum(row, T * n - 1).to(gl.int64)
-    gl.inline_asm_elementwise(
-        prefetch_instruction(WIDTH),
-        "=r,l",
-        [ptr + row * C + c0],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def prefetch_all(
-    x_ptr, y_ptr, g_ptr, du_ptr, t0, T, c0, BT: gl.constexpr, n: gl.constexpr, C: gl.constexpr,
-    WIDTH: gl.constexpr, PRE: gl.constexpr, POST: gl.constexpr, HAS_G: gl.constexpr,
-):  # fmt: skip
-    """``prefetch`` of what ``load_stage`` loads."""
-    prefetch(x_ptr, t0, T, c0, BT, n, C, WIDTH)
-    if HAS_G:
-        prefetch(g_ptr, t0, T, c0, BT, n, C, WIDTH)
-    if POST:
-        prefetch(y_ptr, t0, T, c0, BT, 1, C, WIDTH)
-    if PRE:
-        prefetch(du_ptr, t0, T, c0, BT, 1, C, WIDTH)
 
 
 @gluon.jit
@@ -137,6 +103,22 @@ def phi_gradients(w_tiles, phi_tiles, slot, n: gl.constexpr, zero):
         acc = warpgroup_mma(w_tiles.index(1), high, acc, is_async=True)
         low = phi_tiles.index(slot * 2 * n + n + o)
         out = out + (warpgroup_mma(w_tiles.index(0), low, acc, is_async=True),)
+    return out
+
+
+@gluon.jit
+def add_phi_gradients(
+    G, w_high, w_low, phi_tiles, slot, n: gl.constexpr, mma: gl.constexpr
+):  # fmt: skip
+    """G + w phi of every stream, with the warp-wide instruction, which takes tiles of 16 tokens."""
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    out = ()
+    for o in gl.static_range(n):
+        high = phi_tiles.index(slot * 2 * n + o).load(right)
+        acc = mma_v2(w_high, high, G[o])
+        acc = mma_v2(w_low, high, acc)
+        low = phi_tiles.index(slot * 2 * n + n + o).load(right)
+        out = out + (mma_v2(w_high, low, acc),)
     return out
 
 
@@ -187,18 +169,18 @@ def mix(x, y, H_res, H_post, o: gl.constexpr, n: gl.constexpr, RES: gl.constexpr
 @gluon.jit
 def add_coefficient_grads(
     d_post, d_res, G, x, y, n: gl.constexpr, BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr,
-    RES: gl.constexpr,
+    MMA: gl.constexpr, RES: gl.constexpr,
 ):  # fmt: skip
     """Adds G[o] . y and G[o] . x[i] of this block of channels, inside each thread."""
     count: gl.constexpr = BC // (4 * WN)
     post = ()
     res = ()
-    y_pieces = pieces(y, BT, BC, WN)
+    y_pieces = pieces(y, BT, BC, WN, MMA)
     x_pieces = ()
     for i in gl.static_range(n):
-        x_pieces = x_pieces + (pieces(x[i], BT, BC, WN),)
+        x_pieces = x_pieces + (pieces(x[i], BT, BC, WN, MMA),)
     for o in gl.static_range(n):
-        G_pieces = pieces(G[o], BT, BC, WN)
+        G_pieces = pieces(G[o], BT, BC, WN, MMA)
         post = post + (add_products(d_post[o], G_pieces, y_pieces, count),)
         if RES:
             for i in gl.static_range(n):
@@ -216,10 +198,6 @@ def boundary_grad_hopper_kernel(
     w_desc,
     dx_desc,
     dy_desc,
-    x_ptr,
-    y_ptr,
-    g_ptr,
-    du_ptr,
     H_post_ptr,
     H_res_ptr,
     token_ptr,
@@ -237,7 +215,7 @@ def boundary_grad_hopper_kernel(
     BT: gl.constexpr,
     BC: gl.constexpr,
     WN: gl.constexpr,
-    AHEAD: gl.constexpr,
+    MMA: gl.constexpr,
     PRE: gl.constexpr,
     POST: gl.constexpr,
     RES: gl.constexpr,
@@ -252,7 +230,8 @@ def boundary_grad_hopper_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BT // 16, WN], [16, BC // WN, 16])
+    shape: gl.constexpr = [16, BC // WN, 16] if MMA == 3 else [16, 8]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([MMA, 0], [BT // 16, WN], shape)
     row: gl.constexpr = gl.SliceLayout(1, mma)
     tile = gl.program_id(0)
     part = gl.program_id(1)
@@ -282,9 +261,6 @@ def boundary_grad_hopper_kernel(
         mbarrier.expect(w_bar, 2 * BT * KP * 2)
         tma.async_copy_global_to_shared(w_desc, [t0, 0], w_bar, w_tiles.index(0))
         tma.async_copy_global_to_shared(w_desc, [t0, KP], w_bar, w_tiles.index(1))
-    if AHEAD > 0:
-        c0 = first * BC // AHEAD * AHEAD
-        prefetch_all(x_ptr, y_ptr, g_ptr, du_ptr, t0, T, c0, BT, n, C, AHEAD, PRE, POST, HAS_G)
     for s in gl.static_range(STAGES - 1):
         load_stage(
             first + s, s, first + s < last, x_desc, y_desc, g_desc, du_desc, phi_desc, ready,
@@ -304,29 +280,29 @@ def boundary_grad_hopper_kernel(
         token = load_columns(token_ptr, rows, n + 4, n + 2, mask)
         token = token + (token[n] + token[n + 1],)
     zero = gl.full([BT, BC], 0.0, gl.float32, layout=mma)
-    empty = pieces(zero, BT, BC, WN)[0]
+    empty = pieces(zero, BT, BC, WN, MMA)[0]
     d_post = ()
     for _ in gl.static_range(n if POST else 0):
         d_post = d_post + (empty,)
     d_res = ()
     for _ in gl.static_range(n * n if POST and RES else 0):
         d_res = d_res + (empty,)
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    w_high = zero
+    w_low = zero
     if PRE:
         mbarrier.wait(w_bar, 0)
+        if MMA == 2:
+            w_high = w_tiles.index(0).load(left)
+            w_low = w_tiles.index(1).load(left)
 
     slot = 0
     phase = 0
     for chunk in range(first, last):
         c0 = chunk * BC
-        if AHEAD > 0:
-            if c0 % AHEAD == 0 and c0 + AHEAD < last * BC:
-                next_c0 = c0 + AHEAD
-                prefetch_all(
-                    x_ptr, y_ptr, g_ptr, du_ptr, t0, T, next_c0, BT, n, C, AHEAD, PRE, POST, HAS_G
-                )  # fmt: skip
         mbarrier.wait(ready.index(slot), phase)
         acc = ()
-        if PRE:
+        if PRE and MMA == 3:
             acc = phi_gradients(w_tiles, phi_tile, slot, n, zero)
         x = ()
         for i in gl.static_range(n):
@@ -350,11 +326,14 @@ def boundary_grad_hopper_kernel(
                 part_of_G += token[o][:, None] * du
             G = G + (part_of_G,)
         if PRE:
-            acc = warpgroup_mma_wait(0, deps=acc)
-            total = ()
-            for o in gl.static_range(n):
-                total = total + (acc[o] + G[o],)
-            G = total
+            if MMA == 3:
+                acc = warpgroup_mma_wait(0, deps=acc)
+                total = ()
+                for o in gl.static_range(n):
+                    total = total + (acc[o] + G[o],)
+                G = total
+            else:
+                G = add_phi_gradients(G, w_high, w_low, phi_tile, slot, n, mma)
         for i in gl.static_range(n):
             dx = G[i]
             if POST and RES:
@@ -369,7 +348,7 @@ def boundary_grad_hopper_kernel(
             y_tiles.index(2 * slot + 1).store(dy.to(gl.bfloat16))
         fence_async_shared()
         if POST:
-            d_post, d_res = add_coefficient_grads(d_post, d_res, G, x, y, n, BT, BC, WN, RES)
+            d_post, d_res = add_coefficient_grads(d_post, d_res, G, x, y, n, BT, BC, WN, MMA, RES)
         gl.thread_barrier()
         tma.async_copy_shared_to_global(dx_desc, [0, t0, c0], g_tiles.index(slot))
         if POST:
@@ -418,10 +397,10 @@ def round_pairs(x):
 
 
 @gluon.jit
-def add_squares(total, out, BT: gl.constexpr, BC: gl.constexpr):
+def add_squares(total, out, BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr):
     """total + the squares of a tile, summed inside each thread."""
-    parts = pieces(out.to(gl.float32), BT, BC, 1)
-    return add_products(total, parts, parts, BC // 4)
+    parts = pieces(out.to(gl.float32), BT, BC, WN, 3)
+    return add_products(total, parts, parts, BC // (4 * WN))
 
 
 @gluon.jit(do_not_specialize=["T", "per_part"])
@@ -430,8 +409,6 @@ def post_project_hopper_kernel(
     y_desc,
     x_next_desc,
     phi_desc,
-    x_ptr,
-    y_ptr,
     H_post_ptr,
     H_res_ptr,
     projected_ptr,
@@ -443,7 +420,7 @@ def post_project_hopper_kernel(
     KP: gl.constexpr,
     BT: gl.constexpr,
     BC: gl.constexpr,
-    AHEAD: gl.constexpr,
+    WN: gl.constexpr,
     POST: gl.constexpr,
     RES: gl.constexpr,
     STAGES: gl.constexpr,
@@ -456,8 +433,8 @@ def post_project_hopper_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BT // 16, 1], [16, 2 * KP, 16])
-    tile_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BT // 16, 1], [16, BC, 16])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BT // 16, WN], [16, 2 * KP // WN, 16])
+    tile_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BT // 16, WN], [16, BC // WN, 16])
     row: gl.constexpr = gl.SliceLayout(1, tile_layout)
     t0 = gl.program_id(0) * BT
     part = gl.program_id(1)
@@ -473,10 +450,6 @@ def post_project_hopper_kernel(
     for s in gl.static_range(STAGES):
         mbarrier.init(ready.index(s), count=1)
     fence_async_shared()
-    if AHEAD > 0:
-        prefetch(x_ptr, t0, T, first * BC // AHEAD * AHEAD, BT, n, C, AHEAD)
-        if POST:
-            prefetch(y_ptr, t0, T, first * BC // AHEAD * AHEAD, BT, 1, C, AHEAD)
     for s in gl.static_range(STAGES - 1):
         load_project_stage(
             first + s, s, first + s < last, x_desc, y_desc, phi_desc, ready, x_tiles, y_tiles,
@@ -492,17 +465,11 @@ def post_project_hopper_kernel(
         if RES:
             H_res = load_columns(H_res_ptr, rows, n * n, n * n, mask)
     acc = gl.full([BT, 2 * KP], 0.0, gl.float32, layout=mma)
-    squares = pieces(gl.full([BT, BC], 0.0, gl.float32, layout=tile_layout), BT, BC, 1)[0]
+    squares = pieces(gl.full([BT, BC], 0.0, gl.float32, layout=tile_layout), BT, BC, WN, 3)[0]
 
     slot = 0
     phase = 0
     for chunk in range(first, last):
-        if AHEAD > 0:
-            c0 = chunk * BC
-            if c0 % AHEAD == 0 and c0 + AHEAD < last * BC:
-                prefetch(x_ptr, t0, T, c0 + AHEAD, BT, n, C, AHEAD)
-                if POST:
-                    prefetch(y_ptr, t0, T, c0 + AHEAD, BT, 1, C, AHEAD)
         mbarrier.wait(ready.index(slot), phase)
         x = ()
         for i in gl.static_range(n):
@@ -518,11 +485,11 @@ def post_project_hopper_kernel(
                     out += x[o].to(gl.float32)
                 x_next = round_pairs(out)
                 x_tile.index(slot * n + o).store(x_next)
-                squares = add_squares(squares, x_next, BT, BC)
+                squares = add_squares(squares, x_next, BT, BC, WN)
             fence_async_shared()
         else:
             for o in gl.static_range(n):
-                squares = add_squares(squares, x[o], BT, BC)
+                squares = add_squares(squares, x[o], BT, BC, WN)
         gl.thread_barrier()
         if POST:
             tma.async_copy_shared_to_global(x_next_desc, [0, t0, chunk * BC], x_tiles.index(slot))
@@ -547,9 +514,8 @@ def post_project_hopper_kernel(
     square = gl.convert_layout(gl.sum(gl.sum(squares, axis=2), axis=1), row)
     part_row = part.to(gl.int64) * T
     gl.store(gram_ptr + part_row + rows, square, mask=mask)
-    high, low = gl.split(gl.permute(gl.reshape(acc, [BT, 2, KP]), [0, 2, 1]))
-    flat: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [BT // 16, 1], [1, 0])
-    projected = gl.convert_layout(high + low, flat)
+    flat: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [BT // 16, WN], [1, 0])
+    projected = gl.convert_layout(gl.sum(gl.reshape(acc, [BT, 2, KP]), axis=1), flat)
     rows = (t0 + gl.arange(0, BT, layout=gl.SliceLayout(1, flat))).to(gl.int64)
     k = gl.arange(0, KP, layout=gl.SliceLayout(0, flat))
     at = (part_row + rows)[:, None] * KP + k[None, :]

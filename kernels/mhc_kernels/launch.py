@@ -73,20 +73,14 @@ class Plan:
         """Blocks of a kernel that fills the registers with eight warps that run at once."""
         return self.multiprocessors * max(1, 8 // block.warps)
 
-    def ahead(self, block: tuning.Block) -> int:
-        """Channels that a Hopper kernel prefetches at a time; they divide C."""
-        width = block.ahead
-        while width and self.C % width:
-            width //= 2
-        return width if width > block.BC else 0
-
     def phi_columns(self) -> int:
         """Blocks of columns in ``phi_grad``."""
         return self.n * self.C // self.block("phi_grad").BC
 
     def boundary_tiles(self) -> int:
-        """Tiles of tokens in ``boundary_grad``."""
-        return triton.cdiv(self.T, self.block("boundary_grad").BT)
+        """Tiles of tokens in ``boundary_grad``, at most."""
+        blocks = self.block("boundary_grad"), self.block("boundary_grad_hopper")
+        return triton.cdiv(self.T, min(b.BT for b in blocks))
 
     def new(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=self.device)
@@ -175,8 +169,6 @@ def project(
             s.hopper_rows(x if y is None else y, b),
             s.hopper_streams(x_next, b),
             s.hopper_phi(split, b, streams_first=True),
-            x,
-            y,
             H_post,
             H_res,
             projected,
@@ -188,7 +180,7 @@ def project(
             KP=s.KP,
             BT=b.BT,
             BC=b.BC,
-            AHEAD=s.ahead(b),
+            WN=16 * b.warps // b.BT,
             POST=y is not None,
             RES=H_res is not None,
             STAGES=b.stages,
@@ -418,7 +410,7 @@ def boundary_grad(
     """dx, dy, dH_post, dH_res. Without y: of a pre alone; without logits: of a post alone."""
     fast = s.hopper and y_bias is None and norm_weight is None
     b = s.block("boundary_grad_hopper" if fast else "boundary_grad")
-    tiles, chunks = s.boundary_tiles(), s.C // b.BC
+    tiles, chunks = triton.cdiv(s.T, b.BT), s.C // b.BC
     parts = tuning.parts(tiles, chunks, b.split, s.slots(b))
     per_part = triton.cdiv(chunks, parts)
     parts = triton.cdiv(chunks, per_part)
@@ -504,10 +496,6 @@ def _boundary_grad_hopper(
         row_or_x(None) if w is None else w,
         s.hopper_streams(dx, b),
         row_or_x(dy),
-        x,
-        y,
-        g,
-        du,
         H_post,
         H_res,
         None if logits is None else logits.token,
@@ -519,7 +507,7 @@ def _boundary_grad_hopper(
         BT=b.BT,
         BC=b.BC,
         WN=16 * b.warps // b.BT,
-        AHEAD=s.ahead(b),
+        MMA=3 if b.BT % 64 == 0 else 2,
         PRE=logits is not None,
         POST=y is not None,
         RES=H_res is not None,

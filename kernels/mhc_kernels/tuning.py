@@ -19,7 +19,6 @@ class Block:
     """One kernel's launch shape: tokens and channels a tile, warps, pipeline stages.
 
     ``split``: at most so many blocks share a tile of tokens (or, for phi_grad, of channels).
-    ``ahead``: channels brought into L2 at a time, ahead of the loads (Hopper kernels).
     """
 
     BT: int
@@ -27,7 +26,6 @@ class Block:
     warps: int
     stages: int = 1
     split: int = 1
-    ahead: int = 0
 
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "num_stages": self.stages}
@@ -35,13 +33,13 @@ class Block:
 
 DEFAULTS: dict[str, Block] = {
     "project": Block(BT=64, BC=32, warps=4, stages=3, split=4),
-    "read": Block(BT=16, BC=256, warps=4, stages=2),
+    "read": Block(BT=8, BC=256, warps=4, stages=2),
     "post": Block(BT=8, BC=256, warps=4, stages=2),
     "read_grad": Block(BT=4, BC=256, warps=1, stages=1),
-    "logits_grad": Block(BT=2, BC=16, warps=1),
+    "logits_grad": Block(BT=4, BC=16, warps=1),
     "phi_grad": Block(BT=64, BC=64, warps=4, stages=4, split=8),
     "boundary_grad": Block(BT=64, BC=16, warps=4, stages=3, split=16),
-    "boundary_grad_hopper": Block(BT=64, BC=16, warps=4, stages=3, split=16),
+    "boundary_grad_hopper": Block(BT=32, BC=64, warps=8, stages=3, split=16),
     "project_hopper": Block(BT=64, BC=32, warps=4, stages=3, split=8),
     "refill": Block(BT=8, BC=256, warps=4, stages=1),
 }
