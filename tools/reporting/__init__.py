@@ -1,0 +1,1 @@
+"""The report of one or more runs: read (runs), reckon (summary), draw (curves, gains), say (page)."""
