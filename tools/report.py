@@ -22,10 +22,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from reporting.runs import ReportError, Run, printable, read_runs  # noqa: E402
-from reporting.summary import as_json, reference_run, summarize  # noqa: E402
+from reporting.runs import ReportError, Run, printable, read_runs
+from reporting.summary import as_json, reference_run, summarize
 
 PAGE_FILE = "report.html"
 

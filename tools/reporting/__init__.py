@@ -1,1 +1,3 @@
-"""The report of one or more runs: read (runs), reckon (summary), draw (curves, gains), say (page)."""
+"""The report of training runs, in the order of its making: what was recorded (runs), the numbers
+(summary), the plots (style, curves, gains), the HTML page (page).
+"""

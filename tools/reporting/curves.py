@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
 
 from reporting import style
 from reporting.runs import Array, Run
@@ -36,9 +37,7 @@ def draw_loss(axes: Axes, runs: Sequence[Run], colour: Colours) -> list[Line2D]:
     curves = []
     for run in runs:
         curves.append(smooth(run.train["loss"]))
-        style.plot_faint(
-            axes, run.train.tokens, run.train["loss"], curves[-1], colour[run.label]
-        )
+        style.plot_faint(axes, run.train.tokens, run.train["loss"], curves[-1], colour[run.label])
     levels = sorted({e for e in (run.number("unigram_entropy") for run in runs) if e is not None})
     for level in levels:
         axes.axhline(level, color="#333333", linewidth=1.1, linestyle=":")
@@ -108,8 +107,9 @@ def gradient(runs: Sequence[Run], colour: Colours) -> Picture | None:
     with_rate = [run for run in runs if np.isfinite(run.train["lr"]).any()]
     fig, axes = style.figure(1, 2 if with_rate else 1)
     _draw(axes[0, 0], runs, "grad_norm", colour)
-    if style.spans_decades([run.train["grad_norm"] for run in runs]):
-        axes[0, 0].set_yscale("log")
+    norms = [run.train["grad_norm"] for run in runs]
+    if style.spans_decades(norms):
+        style.log_axis(axes[0, 0], norms)
     axes[0, 0].set_title("Gradient norm, before clipping")
     if with_rate:
         for run in with_rate:
@@ -136,9 +136,9 @@ def throughput(runs: Sequence[Run], colour: Colours) -> Picture | None:
     fig, axes = style.figure(1, len(known), height=3.3)
     for panel, (column, those) in zip(axes[0], known.items()):
         _draw(panel, those, column, colour)
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.08 * max(np.nanmax(run.train[column]) for run in those) or 1)
         panel.set_title(panels[column])
-        formatter = style.PercentFormatter(1.0) if column == "mfu" else style.EngFormatter(sep="")
+        formatter = PercentFormatter(1.0, decimals=0) if column == "mfu" else style.human_ticks()
         panel.yaxis.set_major_formatter(formatter)
     style.legend(fig, _of(runs, colour))
     return Picture("throughput", style.png(fig), "Throughput over tokens")

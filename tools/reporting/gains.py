@@ -99,14 +99,14 @@ def overview(runs: Sequence[Run], colour: Colours) -> Picture:
     axes[0, 0].set_title("Training loss")
     if with_gain:
         draw_composite(axes[0, 1], with_gain, "backward", colour)
-        axes[0, 1].set_title("Composite Amax gain of the residual mapping, backward")
+        axes[0, 1].set_title("Composite Amax gain, backward")
         extra += [style.dash("gain, max", "-"), style.dash("gain, min", "--")]
     style.legend(fig, _of(runs, colour), extra)
     return Picture("overview", style.png(fig), "Training loss and composite gain over tokens")
 
 
 def _draw_depth(axes: Axes, record: Stability, name: str, colour: str) -> None:
-    depth = np.arange(len(record.sublayers))
+    depth = np.arange(len(record.sublayers), dtype=np.float64)
     high, low = record.lists[f"{name}_max"], record.lists[f"{name}_min"]
     axes.fill_between(depth, low, high, color=colour, alpha=0.10, linewidth=0)
     _draw_line(axes, depth, high, "-", colour)

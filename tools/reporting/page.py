@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
 
-from reporting.runs import Run
+from reporting.runs import Run, printable
 from reporting.style import Picture, human
 from reporting.summary import Row, all_settings, differing, reference_run
 
@@ -16,10 +16,11 @@ from reporting.summary import Row, all_settings, differing, reference_run
 SECTIONS: dict[str, tuple[str, str]] = {
     "loss": (
         "Training loss",
-        "Lower is better. The strong line is a centred mean over 4 % of the records, the faint one "
-        "the records themselves. A dotted line, where the corpus's is known, marks the unigram "
-        "entropy: what a model would reach that knows how frequent each token is and nothing "
-        "about context; a model that learns language falls well below it.",
+        "Lower is better. In a run of 100 records or more the strong line is a centred mean "
+        "over 2 % of them, the faint one the records themselves. The dotted line is the unigram "
+        "entropy of the corpus, where it is known: what a model would reach that knows how "
+        "frequent each token is and nothing about context; a model that learns language falls "
+        "well below it.",
     ),
     "gap": (
         "Difference to the reference run",
@@ -68,25 +69,27 @@ SECTIONS: dict[str, tuple[str, str]] = {
     ),
 }
 
+_GAIN = "composite gain, fwd / bwd"
+_PAIR = " class=pair"
 _CSS = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #fafafa; color: #222; line-height: 1.5;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "Liberation Sans", Arial, sans-serif; }
-main { max-width: 1040px; margin: 0 auto; padding: 40px 32px 56px; background: #fff;
+main { max-width: 1120px; margin: 0 auto; padding: 40px 32px 56px; background: #fff;
   border-left: 1px solid #e8e8e8; border-right: 1px solid #e8e8e8; min-height: 100vh; }
 h1 { font-size: 1.7rem; margin: 0 0 4px; font-weight: 600; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 44px 0 6px; font-weight: 600; }
-p { margin: 6px 0 12px; max-width: 76ch; }
+p { margin: 6px 0 12px; max-width: 84ch; }
 .meta, .how, footer { color: #555; font-size: .9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 table.summary { width: 100%; }
-th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid #e6e6e6;
+th, td { padding: 6px 8px; text-align: right; border-bottom: 1px solid #e6e6e6;
   vertical-align: top; }
 th { font-weight: 600; color: #444; border-bottom: 1px solid #999; vertical-align: bottom; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
-td.text { overflow-wrap: anywhere; }
+td.run, td.pair { white-space: nowrap; }
 td small { color: #777; font-size: inherit; white-space: nowrap; }
 tr:last-child td { border-bottom: 1px solid #999; }
 table.settings th, table.settings td { text-align: left; overflow-wrap: anywhere; }
@@ -151,14 +154,13 @@ def _summary(page: Page) -> str:
     kept = [h for h in rows[0] if h in ("run", "variant") or any(r[h] != "–" for r in rows)]
     if len(page.runs) == 1:
         kept = [heading for heading in kept if not heading.startswith("difference")]
-    head = "".join(
-        f"<th{' class=text' if h in ('run', 'variant') else ''}>{h}</th>" for h in kept
-    )
+    head = "".join(f"<th{' class=text' if h in ('run', 'variant') else ''}>{h}</th>" for h in kept)
     body = ""
     for row, cells in zip(page.rows, rows):
         dot = f'<span class="dot" style="background:{page.colour[row.run]}"></span>'
-        body += f"<tr><td class=text>{dot}{cells['run']}</td><td class=text>{cells['variant']}</td>"
-        body += "".join(f"<td>{cells[heading]}</td>" for heading in kept[2:]) + "</tr>\n"
+        body += f'<tr><td class="text run">{dot}{cells["run"]}</td>'
+        body += f"<td class=text>{cells['variant']}</td>"
+        body += "".join(f"<td{_PAIR * (h == _GAIN)}>{cells[h]}</td>" for h in kept[2:]) + "</tr>\n"
     return (
         f'<div class="scroll"><table class="summary"><thead><tr>{head}</tr></thead>\n'
         f"<tbody>{body}</tbody></table></div>\n{_table_words(kept)}"
@@ -167,7 +169,7 @@ def _summary(page: Page) -> str:
 
 def _cells(row: Row) -> dict[str, str]:
     """The row as HTML by heading."""
-    connection = f" <small>({human(row.hc_parameters)} mHC)</small>" if row.hc_parameters else ""
+    connection = f" <small>({human(row.hc_parameters)} hc)</small>" if row.hc_parameters else ""
     ratio = ""
     if row.tokens_per_s_ratio is not None:
         ratio = f" <small>({row.tokens_per_s_ratio - 1:+.1%})</small>".replace("-", "−")
@@ -186,17 +188,18 @@ def _cells(row: Row) -> dict[str, str]:
         "tokens/s, median": human(row.tokens_per_s_median) + ratio,
         "MFU, median": utilisation,
         "peak GiB": human(row.memory_gib_max),
-        "composite gain fwd / bwd": gains if has_gain else "–",
+        _GAIN: gains if has_gain else "–",
     }
 
 
 def _table_words(headings: Sequence[str]) -> str:
     """What the less obvious columns mean, for those that are there."""
     words = {
+        "parameters": "hc: the parameters of the hyper-connections, included in the number before.",
         "difference, train": "Difference, train: mean over the last tenth of the records, matched "
         "by tokens, minus the reference.",
         "difference, valid": "Difference, valid: best minus the reference's best.",
-        "composite gain fwd / bwd": "Composite gain: through all sublayers at the last "
+        _GAIN: "Composite gain: through all sublayers at the last "
         "measurement, 1 for a plain residual.",
     }
     said = " ".join(text for heading, text in words.items() if heading in headings)
@@ -207,7 +210,7 @@ def _run_notes(page: Page) -> str:
     """Where each run comes from, and what its file had that a reader should know."""
     items = ""
     for run in page.runs:
-        about = [f"<code>{escape(str(run.folder))}</code>", *_machine(run)]
+        about = [f"<code>{escape(printable(run.folder))}</code>", *_machine(run)]
         notes = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
         items += f"<li><b>{escape(run.label)}</b>: {', '.join(about)}"
         items += f"<ul>{notes}</ul></li>\n" if notes else "</li>\n"
@@ -219,7 +222,7 @@ def _machine(run: Run) -> list[str]:
     if run.start.get("device"):
         ranks = run.number("world_size") or 1
         many = f"{ranks:g} × " if ranks > 1 else ""
-        about.append(escape(f"{many}{run.start['device']}"))
+        about.append(escape(f"{many}{printable(run.start['device'])}"))
     if len(run.train):
         about.append(f"{int(run.train.iteration[-1]):,} iterations")
     started = run.number("time")
@@ -244,9 +247,9 @@ def _settings(runs: Sequence[Run]) -> str:
     if not table:
         return ""
     different = differing(table)
-    body = f'<h2 id="configuration">Configuration</h2>\n'
+    body = '<h2 id="configuration">Configuration</h2>\n'
     if len(runs) > 1:
-        words = "What differs between the runs:" if different else "The runs' settings are the same."
+        words = "What differs between the runs:" if different else "All runs have the same."
         body += f'<p class="how">{words}</p>\n'
         body += _settings_table(runs, different) if different else ""
     return (
@@ -280,4 +283,4 @@ def _signed(value: float | None) -> str:
 def _gain(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.3f}" if value < 10 else human(value, 4)
+    return f"{value:.3f}" if value < 10 else f"{value:,.0f}"

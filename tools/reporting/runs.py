@@ -129,14 +129,14 @@ def read_run(folder: Path) -> Run:
         ReportError: the folder or its metrics file is missing, unreadable, or without a record of
             training, validation or stability.
     """
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise ReportError(f"{folder} {what}; give the folder of a run")
     path = folder / METRICS_FILE
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise ReportError(f"{folder} has no {METRICS_FILE}; is it the folder of a run?") from None
+        lack = f"has no {METRICS_FILE}" if folder.exists() else "does not exist"
+        raise ReportError(f"{folder} {lack}; give the folder of a run") from None
+    except NotADirectoryError:
+        raise ReportError(f"{folder} is not a folder; give the folder of a run") from None
     except OSError as error:
         raise ReportError(f"{path} cannot be read: {error.strerror}") from None
     reader = _Reader()
@@ -172,7 +172,7 @@ class _Reader:
                 continue
             try:
                 self.take(_parse(line))
-            except (ValueError, OverflowError, RecursionError):
+            except (ValueError, RecursionError):
                 if number == len(lines):  # nothing after it, not even its newline
                     self.half_written = True
                 else:
@@ -268,7 +268,10 @@ def _number(value: Any) -> float:
     """A JSON number as a float; null, missing and not a number are NaN."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return math.nan
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
 
 
 def _scalars(record: dict[str, Any], event: str) -> dict[str, Any]:

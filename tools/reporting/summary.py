@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from reporting.runs import Array, Run, Table
+from reporting.runs import Array, Run, Table, printable
 
 #: What stands for a key that a run's configuration does not have.
 ABSENT = "–"
@@ -81,19 +81,21 @@ def paired_gap(table: Table, reference: Table) -> tuple[Array, Array]:
 
 
 def smooth(values: Array) -> Array:
-    """Centred mean over 4 % of the records, NaN left out; the window shrinks towards both ends.
+    """Centred mean over 2 % of the records, NaN left out; a run of under 100 stays as it is.
 
-    It does not lag behind a falling curve as a running average does; a short run stays as it is.
+    It does not lag behind a falling curve as a running average does. Towards the start, where
+    losses fall steeply, the window shrinks on both sides; towards the end only ahead.
     """
-    half = len(values) // 50
+    half = len(values) // 100
     if half == 0:
         return values
     index = np.arange(len(values))
-    width = np.minimum(half, np.minimum(index, len(values) - 1 - index))
+    behind = np.minimum(half, index)
+    ahead = np.minimum(behind, len(values) - 1 - index)
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
-    low, high = index - width, index + width + 1
+    low, high = index - behind, index + ahead + 1
     number = counts[high] - counts[low]
     means = (sums[high] - sums[low]) / np.maximum(number, 1)
     return np.where(number > 0, means, np.nan)
@@ -101,9 +103,8 @@ def smooth(values: Array) -> Array:
 
 def settings(run: Run) -> dict[str, str]:
     """The configuration as text by name; the connection's own settings as ``mhc.*``."""
-    named: dict[str, Any] = {key: value for key, value in run.config.items()}
-    named |= {f"mhc.{key}": value for key, value in run.mhc.items()}
-    return {key: _text(value) for key, value in sorted(named.items())}
+    named = run.config | {f"mhc.{key}": value for key, value in run.mhc.items()}
+    return {printable(key): _text(named[key]) for key in sorted(named)}
 
 
 def all_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -159,7 +160,7 @@ def _last_composite(run: Run, direction: str) -> float | None:
 
 def _best(table: Table) -> float | None:
     losses = table["loss"][np.isfinite(table["loss"])]
-    return float(losses.min()) if len(losses) else None
+    return float(np.min(losses)) if len(losses) else None
 
 
 def _median(values: Array) -> float | None:
@@ -169,7 +170,7 @@ def _median(values: Array) -> float | None:
 
 def _max(values: Array) -> float | None:
     values = values[np.isfinite(values)]
-    return float(values.max()) if len(values) else None
+    return float(np.max(values)) if len(values) else None
 
 
 def _finite(value: float) -> float | None:
@@ -181,4 +182,4 @@ def _integer(value: float | None) -> int | None:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return printable(value) if isinstance(value, str) else json.dumps(value, sort_keys=True)
