@@ -8,17 +8,21 @@ import math
 import re
 import statistics
 import struct
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import report
-from reporting import runs as reading
-from reporting import style, summary
 
 from mhc_megatron.metrics import MetricsWriter
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import report  # noqa: E402
+from reporting import runs as reading  # noqa: E402
+from reporting import style, summary  # noqa: E402
 
 TOKENS = 1000  # an iteration
 

@@ -70,7 +70,9 @@ SECTIONS: dict[str, tuple[str, str]] = {
 }
 
 _GAIN = "composite gain, fwd / bwd"
-_PAIR = " class=pair"
+_PAIR = " class=whole"
+#: Names of up to so many letters are not broken over lines.
+_WHOLE_NAME = 32
 _CSS = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
@@ -89,7 +91,8 @@ th, td { padding: 6px 8px; text-align: right; border-bottom: 1px solid #e6e6e6;
   vertical-align: top; }
 th { font-weight: 600; color: #444; border-bottom: 1px solid #999; vertical-align: bottom; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
-td.run, td.pair { white-space: nowrap; }
+td.whole { white-space: nowrap; }
+td.text { overflow-wrap: anywhere; min-width: 7em; }
 td small { color: #777; font-size: inherit; white-space: nowrap; }
 tr:last-child td { border-bottom: 1px solid #999; }
 table.settings th, table.settings td { text-align: left; overflow-wrap: anywhere; }
@@ -158,7 +161,8 @@ def _summary(page: Page) -> str:
     body = ""
     for row, cells in zip(page.rows, rows):
         dot = f'<span class="dot" style="background:{page.colour[row.run]}"></span>'
-        body += f'<tr><td class="text run">{dot}{cells["run"]}</td>'
+        whole = " whole" if len(row.run) <= _WHOLE_NAME else ""
+        body += f'<tr><td class="text{whole}">{dot}{cells["run"]}</td>'
         body += f"<td class=text>{cells['variant']}</td>"
         body += "".join(f"<td{_PAIR * (h == _GAIN)}>{cells[h]}</td>" for h in kept[2:]) + "</tr>\n"
     return (
@@ -196,9 +200,9 @@ def _table_words(headings: Sequence[str]) -> str:
     """What the less obvious columns mean, for those that are there."""
     words = {
         "parameters": "hc: the parameters of the hyper-connections, included in the number before.",
-        "difference, train": "Difference, train: mean over the last tenth of the records, matched "
-        "by tokens, minus the reference.",
-        "difference, valid": "Difference, valid: best minus the reference's best.",
+        "difference, train": "Difference, train: run minus reference, mean over the last tenth of "
+        "the records that both have, matched by tokens.",
+        "difference, valid": "Difference, valid: the run's best minus the reference's best.",
         _GAIN: "Composite gain: through all sublayers at the last "
         "measurement, 1 for a plain residual.",
     }

@@ -80,7 +80,7 @@ def colours(runs: Sequence[Run]) -> dict[str, str]:
     palette: Sequence[str] = COLOURS
     if len(others) > len(COLOURS):
         steps = np.linspace(0.0, 0.92, len(others))
-        palette = [matplotlib.colors.to_hex(matplotlib.colormaps["cividis"](s)) for s in steps]
+        palette = [matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](s)) for s in steps]
     return named | dict(zip(others, palette))
 
 
@@ -100,6 +100,8 @@ def legend(fig: Figure, entries: Mapping[str, Any], extra: Sequence[Line2D] = ()
     handles += list(extra)
     names += [str(line.get_label()) for line in extra]
     columns = _columns(names)
+    width, height = fig.get_size_inches()
+    fig.set_size_inches(width, height + 0.19 * ((len(names) - 1) // columns))  # rows but the first
     fig.legend(
         handles, names, loc="outside upper left", ncols=columns, handlelength=1.8,
         columnspacing=1.6, borderaxespad=0.4,
