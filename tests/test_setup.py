@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -72,7 +73,7 @@ class Machine:
 
     def run(self, *command: str, **more: str | Path) -> Result:
         return subprocess.run(
-            command, cwd=self.clone, env=self.environment(**more), text=True, timeout=60,
+            command, cwd=self.clone, env=self.environment(**more), text=True, timeout=240,
             stdin=subprocess.DEVNULL, capture_output=True,
         )  # fmt: skip
 
@@ -241,12 +242,18 @@ def ready(made: Machine, tmp_path: Path) -> Machine:
     return copy
 
 
+def children_seconds() -> float:
+    """CPU time of finished children: a busy machine does not lengthen it as it does the clock."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_second_call_starts_at_once(made: Machine) -> None:
     assert made.installed() == "1.0"
-    start = time.perf_counter()
+    before = children_seconds()
     result = made.setup()
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    assert time.perf_counter() - start < 1.0
+    assert children_seconds() - before < 0.5
 
 
 def test_environment_that_does_not_run_is_made_anew(ready: Machine) -> None:
@@ -265,7 +272,7 @@ def test_killed_installation_is_not_taken_for_a_finished_one(ready: Machine) -> 
         ["/bin/bash", "tools/setup_env.sh"], cwd=ready.clone, start_new_session=True,
         env=ready.environment(PYTHON=BASE_PYTHON), stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (venv / "bin" / "python").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)

@@ -236,9 +236,11 @@ install() {
     trap 'exit 143' TERM
     say "Setting up .venv, once: $(grep -c '==' requirements.lock) packages of requirements.lock," \
         "some minutes, 6 GB of disk for torch and its CUDA libraries."
-    prepare_venv && pip install --only-binary :all: --no-warn-script-location \
-        --requirement requirements.lock >&2 ||
-        { say "requirements.lock could not be installed: the reason is above." && return 1; }
+    if ! { prepare_venv && pip install --only-binary :all: --no-warn-script-location \
+        --requirement requirements.lock >&2; }; then
+        say "requirements.lock could not be installed: the reason is above."
+        return 1
+    fi
     cp requirements.lock .venv/.installed.new && rm .venv/.unfinished &&
         mv .venv/.installed.new .venv/.installed || return 1
     say "The environment stands after $((SECONDS - start)) s."
