@@ -152,8 +152,9 @@ class PairWriter:
             sync(file)
         checksums = {"bin": self.sha256.hexdigest(), "idx": idx_sha256}
         sidecar = {**sidecar, "sha256": {**checksums, "sidecar": sidecar_sha256(sidecar)}}
+        text = json.dumps(sidecar, indent=1) + "\n"
         with writing(self.partials[2]), open(self.partials[2], "wb") as file:
-            file.write(json.dumps(sidecar, indent=1).encode() + b"\n")
+            file.write(text.encode())
             sync(file)
         with signals_wait(), writing(self.finals[0]):
             for path in reversed(self.finals[1:]):
@@ -161,7 +162,7 @@ class PairWriter:
             rename_all(self.partials, self.finals)
             self.committed = True
             sync_folder(self.finals[0].parent)
-        return sidecar
+        return json.loads(text)
 
 
 def rename_all(partials: tuple[Path, ...], finals: tuple[Path, ...]) -> None:
