@@ -469,13 +469,17 @@ def test_verify_against_sources(pair: Path, capsys: pytest.CaptureFixture[str]) 
         pair.with_name("away").rename(f"{pair}{suffix}")
 
 
-def test_verify_names_a_changed_tokenizer(tmp_path: Path) -> None:
+def test_verify_notices_a_changed_tokenizer(tmp_path: Path) -> None:
     train_huggingface(tmp_path / "tokenizer.json")
     (tmp_path / "a.txt").write_text("text")
     assert cli(tmp_path / "a.txt", "--output", tmp_path / "c", "--tokenizer", tmp_path) == 0
+    again = ("--verify", tmp_path / "c", tmp_path / "a.txt", "--workers", 1)
+    assert cli(*again) == 0
+    (tmp_path / "tokenizer.json").rename(tmp_path / "moved.json")
     train_huggingface(tmp_path / "tokenizer.json", eod="</s>")
     assert cli("--verify", tmp_path / "c") == 0
-    assert cli("--verify", tmp_path / "c", tmp_path / "a.txt") == 2
+    assert cli(*again) == 2
+    assert cli(*again, "--tokenizer", tmp_path / "moved.json") == 0
 
 
 # -- whole or not at all -----------------------------------------------------------------------
@@ -562,8 +566,9 @@ def test_signals_clean_up(tmp_path: Path, number: signal.Signals, workers: int) 
     source.write_bytes(data * 100)
     command = [sys.executable, TOOL, source, "--output", tmp_path / "c"]
     process = subprocess.Popen(
-        [*command, "--workers", str(workers)], stderr=subprocess.PIPE, text=True
-    )
+        [*command, "--workers", str(workers)], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # ignored in a background job
+    )  # fmt: skip
     partial = tmp_path / "c.bin.partial"
     while process.poll() is None and not (partial.exists() and partial.stat().st_size > 1 << 20):
         time.sleep(0.005)
@@ -838,6 +843,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "empty suffix": (["a.txt", "--suffix", ""], "--suffix is empty"),
     "below a file": (["a.txt", "--output", "@/a.txt/c"], "cannot be written"),
     "a folder": (["a.txt", "--output", "@/empty"], "is a folder"),
+    "verify otherwise": (["a.txt", "--verify", "x", "--no-eod"], "--no-eod: --verify takes it"),
     "two tasks": (["a.txt", "--verify", "x"], "either --output PREFIX or --verify"),
 }
 
@@ -848,7 +854,7 @@ def test_wrong_request(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     folder.mkdir()
     arguments = [str(item).replace("@", str(folder)) for item in wrong(name)(folder)]
     before = sorted(folder.rglob("*"))
-    if "--output" not in arguments:
+    if not {"--output", "--verify"} & set(arguments) or name == "two tasks":
         arguments += ["--output", str(tmp_path / "out" / "c")]
     assert cli(*arguments) == 2
     message = capsys.readouterr().err

@@ -33,7 +33,7 @@ if __package__ in (None, ""):  # run as a script: the repository's root is not o
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.corpus import CorpusError
-from tools.corpus.encoders import PATTERNS, encoder_spec
+from tools.corpus.encoders import PATTERNS, encoder_path, encoder_spec
 from tools.corpus.prepare import Corpus, Options, corpus_of, prepare, stdlib_corpus, verify
 from tools.corpus.sources import Reading
 
@@ -95,6 +95,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     has_stdlib = arguments.stdlib or arguments.stdlib_tests
     if (arguments.output is None) == (arguments.verify is None):
         raise CorpusError("give either --output PREFIX or --verify PREFIX")
+    if arguments.verify is not None:
+        check_recorded(arguments)
     if has_stdlib and (arguments.sources or arguments.suffix):
         raise CorpusError("--stdlib takes no other sources and no --suffix")
     if arguments.workers is not None and arguments.workers < 1:
@@ -104,6 +106,16 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     prefix = arguments.output if arguments.verify is None else arguments.verify
     if not Path(prefix).name or prefix.endswith("/") or Path(prefix).is_dir():
         raise CorpusError(f"{prefix!r} is a folder; give a PREFIX such as {prefix or '.'}/corpus")
+
+
+def check_recorded(arguments: argparse.Namespace) -> None:
+    """Raise CorpusError for an option that --verify takes from the sidecar."""
+    free = {"sources", "stdlib", "stdlib_tests", "output", "verify"}
+    free |= {"tokenizer", "workers", "quiet"}
+    for name, value in vars(arguments).items():
+        if name not in free and value != parser().get_default(name):
+            option = name.replace("_", "-")
+            raise CorpusError(f"--{option}: --verify takes it as PREFIX.json recorded it")
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
@@ -132,7 +144,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.verify is not None:
         has_sources = arguments.sources or arguments.stdlib or arguments.stdlib_tests
         corpus = (lambda reading: requested_corpus(arguments, reading)) if has_sources else None
-        sidecar = verify(arguments.verify, corpus, arguments.workers or 0, arguments.quiet)
+        moved = "" if arguments.tokenizer == "bytes" else encoder_path(arguments.tokenizer)
+        sidecar = verify(arguments.verify, corpus, moved, arguments.workers or 0, arguments.quiet)
         if not arguments.quiet:
             print(f"{arguments.verify} is sound: {summary(sidecar)}")
         return
@@ -174,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, 2 for bad input, 128 + the signal's number."""
     arguments = parser().parse_args(argv)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, a shell's background job
+            signal.signal(number, interrupt)
     try:
         run(arguments)
     except CorpusError as error:

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tools.corpus import CorpusError
-from tools.corpus.encoders import Encoder, EncoderSpec, load
+from tools.corpus.encoders import Encoder, EncoderSpec, Ids, load
 from tools.corpus.sources import (
     Block,
     Failed,
@@ -190,7 +190,7 @@ def encode_block(block: Block, encoder: Encoder, target: Target) -> Encoded:
     )
 
 
-def encode_documents(documents: Documents, encoder: Encoder) -> list[Sequence[int] | np.ndarray]:
+def encode_documents(documents: Documents, encoder: Encoder) -> list[Ids]:
     """Ids of each document; those the tokenizer refuses or makes nothing of are left out."""
     count = len(documents.texts)
     try:
@@ -202,7 +202,7 @@ def encode_documents(documents: Documents, encoder: Encoder) -> list[Sequence[in
     return kept
 
 
-def encode_one(documents: Documents, number: int, encoder: Encoder) -> Sequence[int] | np.ndarray:
+def encode_one(documents: Documents, number: int, encoder: Encoder) -> Ids:
     """Ids of one document, none if the tokenizer refuses it."""
     try:
         return encoder.encode([documents.texts[number]])[0]

@@ -56,6 +56,10 @@ PATTERNS: dict[str, tuple[str, int]] = {
 }
 
 
+#: Token ids of one document, as the libraries give them.
+Ids = Sequence[int] | np.ndarray
+
+
 @dataclass(frozen=True)
 class EncoderSpec:
     """Which encoder.
@@ -88,7 +92,7 @@ class Encoder:
         is_text: documents must be UTF-8.
     """
 
-    encode: Callable[[Sequence[bytes]], list[Sequence[int] | np.ndarray]]
+    encode: Callable[[Sequence[bytes]], list[Ids]]
     vocab_size: int
     eod_id: int | None
     is_text: bool = True
@@ -104,8 +108,7 @@ def encoder_spec(tokenizer: str, pattern: str = "", eod_token: str = "") -> Enco
         if pattern or eod_token:
             raise CorpusError("--pattern and --eod-token need a --tokenizer file")
         return EncoderSpec()
-    path = Path(tokenizer)
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = Path(encoder_path(tokenizer))
     kinds = {".json": "huggingface", ".model": "sentencepiece", ".tiktoken": "tiktoken"}
     kind = "tiktoken" if pattern else kinds.get(path.suffix)
     if kind is None:
@@ -123,6 +126,12 @@ def encoder_spec(tokenizer: str, pattern: str = "", eod_token: str = "") -> Enco
                 f"{', '.join(PATTERNS)}"
             )
     return EncoderSpec(kind, str(path), pattern, eod_token)
+
+
+def encoder_path(tokenizer: str) -> str:
+    """The file of a tokenizer that is named by its file or by the folder around it."""
+    path = Path(tokenizer)
+    return str(path / "tokenizer.json" if path.is_dir() else path)
 
 
 def load(spec: EncoderSpec) -> Encoder:
@@ -159,7 +168,7 @@ def read_file(path: str) -> bytes:
     return data
 
 
-def encode_bytes(documents: Sequence[bytes]) -> list[Sequence[int] | np.ndarray]:
+def encode_bytes(documents: Sequence[bytes]) -> list[Ids]:
     """The byte values themselves."""
     return [np.frombuffer(document, np.uint8) for document in documents]
 
@@ -184,7 +193,8 @@ def huggingface(spec: EncoderSpec) -> Encoder:
     eod_id = next((vocab[name] for name in names if name in vocab), None)
     require_eod_token(spec, eod_id)
 
-    def encode(documents: Sequence[bytes]) -> list[Sequence[int] | np.ndarray]:
+    def encode(documents: Sequence[bytes]) -> list[Ids]:
+        """Ids of each document."""
         texts = [document.decode() for document in documents]
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
@@ -206,7 +216,8 @@ def sentencepiece(spec: EncoderSpec) -> Encoder:
         eod_id = piece if model.id_to_piece(piece) == spec.eod_token else None
     require_eod_token(spec, eod_id)
 
-    def encode(documents: Sequence[bytes]) -> list[Sequence[int] | np.ndarray]:
+    def encode(documents: Sequence[bytes]) -> list[Ids]:
+        """Ids of each document."""
         texts = [document.decode() for document in documents]
         return model.encode(texts, out_type=int, num_threads=1)
 
@@ -224,17 +235,21 @@ def tiktoken(spec: EncoderSpec) -> Encoder:
     pattern, eod_id = PATTERNS.get(spec.pattern, (spec.pattern, max(ranks.values()) + 1))
     if eod_id in ranks.values():
         raise CorpusError(
-            f"tokenizer {spec.file}: rank {eod_id} is {spec.pattern}'s end-of-document id; "
-            "the file belongs to another --pattern"
+            f"tokenizer {spec.file}: rank {eod_id} is the end-of-document id of "
+            f"{spec.pattern}; the file belongs to another --pattern"
         )
     try:
         encoding = Encoding(
-            spec.pattern, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eod_id}
+            spec.pattern,
+            pat_str=pattern,
+            mergeable_ranks=ranks,
+            special_tokens={"<|endoftext|>": eod_id},
         )
     except ValueError as error:
         raise CorpusError(f"--pattern {pattern!r} is no regular expression ({error})") from None
 
-    def encode(documents: Sequence[bytes]) -> list[Sequence[int] | np.ndarray]:
+    def encode(documents: Sequence[bytes]) -> list[Ids]:
+        """Ids of each document."""
         return [encoding.encode_ordinary(document.decode()) for document in documents]
 
     return Encoder(encode, max(*ranks.values(), eod_id) + 1, eod_id)
@@ -251,10 +266,10 @@ def read_ranks(path: str) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise CorpusError(f"tokenizer {path}, line {number}: no 'base64 rank' pair") from None
-    if len(set(ranks.values())) != len(ranks) or min(ranks.values(), default=0) < 0:
-        raise CorpusError(f"tokenizer {path}: its ranks are not different numbers from 0")
     if any(bytes([value]) not in ranks for value in range(256)):
         raise CorpusError(f"tokenizer {path} lacks some of the 256 single bytes")
+    if len(set(ranks.values())) != len(ranks) or min(ranks.values()) < 0:
+        raise CorpusError(f"tokenizer {path}: its ranks are not different numbers from 0")
     if max(ranks.values()) >= 2**31 - 1:
         raise CorpusError(f"tokenizer {path}: token id {max(ranks.values())} does not fit int32")
     return ranks

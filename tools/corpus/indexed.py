@@ -208,8 +208,8 @@ def open_locked(path: Path) -> BinaryIO:
         except BlockingIOError:
             file.close()
             raise CorpusError(f"another run is writing {path.with_suffix('')}") from None
-        except OSError as error:  # a file system without locks: go on unguarded
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EBADF):
+        except OSError as error:  # Lustre, NFS without locks: go on unguarded
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
         # The other run may have renamed the file between our open and our lock.
         with contextlib.suppress(FileNotFoundError):
@@ -224,6 +224,7 @@ def write_index(file: BinaryIO, lengths: np.ndarray, dtype: np.dtype) -> str:
     sha256 = hashlib.sha256()
 
     def put(data: bytes) -> None:
+        """Write and sum up."""
         file.write(data)
         sha256.update(data)
 

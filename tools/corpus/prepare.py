@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
 from tools.corpus import CorpusError
 from tools.corpus.blocks import Encoded, Target, available_cpus, encoded
@@ -173,12 +174,14 @@ def prepare(corpus: Corpus, prefix: str, options: Options = Options()) -> dict[s
 def verify(
     prefix: str,
     corpus: Callable[[Reading], Corpus] | None = None,
+    tokenizer: str = "",
     workers: int = 0,
     quiet: bool = True,
 ) -> dict[str, Any]:
     """Check a pair against its sidecar and, given its sources, against what they encode to.
 
-    ``corpus`` receives the recorded way of reading; tokenizer and options are the recorded ones.
+    ``corpus`` receives the recorded way of reading. The other options are the recorded ones too,
+    but for where the ``tokenizer`` lies now.
 
     Returns the sidecar. Raises CorpusError for the first thing that is wrong.
     """
@@ -186,6 +189,8 @@ def verify(
     if corpus is None:
         return sidecar
     options = replace(recorded_options(sidecar), workers=workers, quiet=quiet)
+    if tokenizer:
+        options = replace(options, spec=replace(options.spec, file=tokenizer))
     encoder = load(options.spec)
     if options.spec.sha256() != sidecar["tokenizer"]["sha256"]:
         raise CorpusError(f"{options.spec.file} is not the tokenizer {prefix} was made with")
@@ -210,15 +215,11 @@ def recorded_options(sidecar: dict[str, Any]) -> Options:
     )
 
 
-def feed(
-    corpus: Corpus, options: Options, encoder: Encoder, dtype: np.dtype, sink: Sink
-) -> Tally:
+def feed(corpus: Corpus, options: Options, encoder: Encoder, dtype: np.dtype, sink: Sink) -> Tally:
     """Pass every document of a corpus to a sink, in order.
 
     Raises CorpusError at the first input that cannot be read, unless it is to be skipped.
     """
-    from tqdm import tqdm  # a third of a second
-
     tally = Tally(
         documents=np.zeros(len(corpus.sources), np.int64),
         tokens=np.zeros(len(corpus.sources), np.int64),

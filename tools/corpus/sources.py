@@ -146,6 +146,7 @@ def folder_files(folder: Path, reading: Reading) -> list[str]:
     names: list[str] = []
 
     def fail(error: OSError) -> None:
+        """os.walk would pass over a folder it cannot read."""
         raise CorpusError(f"{error.filename} cannot be read ({error.strerror})")
 
     for parent, _, files in os.walk(folder, onerror=fail):
