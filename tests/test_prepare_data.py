@@ -278,7 +278,7 @@ def test_huggingface(tmp_path: Path) -> None:
     documents = read_layout(tmp_path / "c")
     eod = tokenizer.token_to_id("<|endoftext|>")
     assert all(document[-1] == eod and eod not in document[:-1] for document in documents)
-    assert [tokenizer.decode(document[:-1].tolist()) for document in documents] == TEXTS
+    assert [tokenizer.decode(document[:-1].tolist(), False) for document in documents] == TEXTS
     sidecar = json.loads((tmp_path / "c.json").read_text())
     assert (sidecar["vocab_size"], sidecar["eod_id"]) == (tokenizer.get_vocab_size(), eod)
     assert sidecar["tokenizer"]["kind"] == "huggingface" and sidecar["tokenizer"]["sha256"]
