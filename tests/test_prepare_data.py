@@ -373,6 +373,17 @@ def test_megatron_reads_it_and_would_write_the_same(tmp_path: Path) -> None:
         assert indexed.dtype_for(size) == np.dtype(DType.optimal_dtype(size))
 
 
+def test_the_trainer_takes_it(pair: Path) -> None:
+    from mhc_megatron.corpus import check_corpus, unigram_entropy
+    from mhc_megatron.errors import UserError
+
+    sidecar = indexed.read_sidecar(pair)
+    check_corpus(str(pair), sequence_length=sidecar["tokens"] - 1, vocab_size=257)
+    assert unigram_entropy(str(pair)) == sidecar["unigram_entropy"]
+    with pytest.raises(UserError, match="vocabulary of 257"):
+        check_corpus(str(pair), sequence_length=8, vocab_size=256)
+
+
 def test_no_torch_in_the_tool() -> None:
     code = "import sys, tools.prepare_data; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -42,7 +42,7 @@ from tools.corpus import CorpusError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+DTYPES: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 SUFFIXES = (".bin", ".idx", ".json")
 #: What the sidecar's "format" says; a later layout takes another number.
 SIDECAR_FORMAT = "mhc-megatron corpus 1"
