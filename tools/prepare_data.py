@@ -21,6 +21,7 @@ A pair appears whole or not at all. Bad input ends with one sentence and exit co
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -104,7 +105,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if any(not suffix.strip(".") for suffix in arguments.suffix):
         raise CorpusError("--suffix is empty")
     prefix = arguments.output if arguments.verify is None else arguments.verify
-    if not Path(prefix).name or prefix.endswith("/") or Path(prefix).is_dir():
+    if not Path(prefix).name or prefix.endswith("/") or os.path.isdir(prefix):
         raise CorpusError(f"{prefix!r} is a folder; give a PREFIX such as {prefix or '.'}/corpus")
 
 
@@ -163,7 +164,7 @@ def summary(sidecar: dict[str, Any]) -> str:
     return (
         f"{sidecar['documents']:,} documents, {sidecar['tokens']:,} tokens ({sidecar['dtype']}), "
         f"vocabulary {sidecar['vocab_size']:,}, unigram entropy "
-        f"{sidecar['unigram_entropy_nats']:.4f} nats a token"
+        f"{sidecar['unigram_entropy']:.4f} nats a token"
     )
 
 

@@ -79,11 +79,10 @@ class Tally:
     def by_source(self, corpus: Corpus) -> list[dict[str, Any]]:
         """The sidecar's summary of the sources."""
         files = np.bincount([file.source for file in corpus.files], minlength=len(corpus.sources))
+        counts = (corpus.sources, files.tolist(), self.documents.tolist(), self.tokens.tolist())
         return [
             {"name": name, "files": f, "documents": d, "tokens": t}
-            for name, f, d, t in zip(
-                corpus.sources, files.tolist(), self.documents.tolist(), self.tokens.tolist()
-            )
+            for name, f, d, t in zip(*counts, strict=True)
         ]
 
 
@@ -161,7 +160,7 @@ def prepare(corpus: Corpus, prefix: str, options: Options = Options()) -> dict[s
             "documents": int(tally.documents.sum()),
             "tokens": int(tally.tokens.sum()),
             "dtype": dtype.name,
-            "unigram_entropy_nats": entropy(tally.counts),
+            "unigram_entropy": entropy(tally.counts),
             "tokenizer": {**asdict(options.spec), "sha256": options.spec.sha256()},
             "reading": {**asdict(options.reading), "skip_bad": options.skip_bad},
             "sources": tally.by_source(corpus),
