@@ -765,10 +765,11 @@ def test_partly_bad_input(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     folder.mkdir()
     arguments = [*make(folder), "--output", tmp_path / "out" / "c"]
     assert cli(*arguments) == 2
-    message = capsys.readouterr().err
-    assert place in message and message.count("\n") == 1 and "--skip-bad" in message
-    assert not list((tmp_path / "out").iterdir())
-    assert cli(*arguments, "--skip-bad") == 0
+    skipped, message = capsys.readouterr().err.splitlines()
+    assert place in skipped and "--skip-bad" in message
+    kept = (tmp_path / "out" / "c.bin").read_bytes()
+    assert cli(*arguments, "--skip-bad", "--force") == 0
+    assert (tmp_path / "out" / "c.bin").read_bytes() == kept
     listed = capsys.readouterr().err
     assert listed.startswith("skipped ") and place in listed
     sidecar = json.loads((tmp_path / "out" / "c.json").read_text())
@@ -790,10 +791,12 @@ def test_first_bad_input_is_named_whatever_the_workers(
         file.write("bad\n" * 300)
     messages = set()
     for workers in (1, 2):
-        assert cli(tmp_path / "a.jsonl", "--output", tmp_path / "c", "--workers", workers) == 2
+        output = ("--output", tmp_path / "c", "--force", "--workers", workers)
+        assert cli(tmp_path / "a.jsonl", *output) == 2
         messages.add(capsys.readouterr().err)
-    assert len(messages) == 1 and "line 101:" in messages.pop()
-    assert os.listdir(tmp_path) == ["a.jsonl"]
+    assert len(messages) == 1 and messages.pop().startswith("skipped ")
+    skipped = json.loads((tmp_path / "c.json").read_text())["skipped"]
+    assert skipped["count"] == 300 and "line 101:" in skipped["first"][0]
 
 
 def wrong(name: str) -> Callable[[Path], list[object]]:
