@@ -35,6 +35,7 @@ from megatron.training.models.gpt import (
 )
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
@@ -286,13 +287,14 @@ def explain_checkpoint_errors(mhc: MHCConfig) -> None:
     def explained(*args, **kwargs):
         try:
             return load(*args, **kwargs)
-        except (UserError, SystemExit):
+        except (TypeError, AttributeError, NameError, UserError):
             raise
-        except Exception as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"the checkpoint in {get_args().load} does not fit: {said[0]}") from error
+        except (Exception, CheckpointException) as error:  # torch, Megatron, pickle: own ones each
+            raise UserError(
+                f"the checkpoint in {get_args().load} does not fit: {_innermost(error)}"
+            ) from error
 
-    def compared(checkpoint_args):
+    def compared(checkpoint_args, *args, **kwargs):
         was = getattr(checkpoint_args, "mhc", None) or {"variant": "none"}
         for key in ("variant", "n", "exit", "sinkhorn_iterations"):
             now = getattr(mhc, key)
@@ -301,7 +303,15 @@ def explain_checkpoint_errors(mhc: MHCConfig) -> None:
                     f"the checkpoint in {get_args().load} was made with mhc {key} {was[key]}, "
                     f"this run has {now}; give the run a folder of its own."
                 )
-        return check(checkpoint_args)
+        return check(checkpoint_args, *args, **kwargs)
 
     megatron_training.load_checkpoint = explained
     checkpointing.check_checkpoint_args = compared
+
+
+def _innermost(error: BaseException) -> str:
+    """What went wrong, in a line; torch's CheckpointException holds the whole traceback as text."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not said:
+        return type(error).__name__
+    return said[-1].partition("Exception: ")[2] or said[-1]
