@@ -1,0 +1,269 @@
+"""Megatron-Core 0.19.2 on a machine without a GPU.
+
+Megatron has no CPU mode: it asserts CUDA at start, makes tensors with ``device="cuda"`` and asks
+``torch.cuda`` for devices, streams, generators and memory. ``enable()`` answers those calls from
+the CPU, so that the trainer, the schedules, the optimizers and the checkpoints run as they are, on
+gloo. It is for learning, tests and continuous integration; nothing in it makes the CPU fast.
+
+Importing this module changes nothing; ``enable()`` refuses where CUDA is available. Each stand-in
+below names the Megatron line that needs it (paths below ``megatron/`` in the wheel).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import time
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch.overrides import TorchFunctionMode
+
+_enabled = False
+
+#: ``Tensor.type()`` of a CPU tensor -> what its CUDA twin answers.
+_CUDA_TYPES = {
+    f"torch.{name}Tensor": f"torch.cuda.{name}Tensor"
+    for name in ("Float", "Half", "BFloat16", "Double")
+}
+
+
+def enable() -> None:
+    """Make ``megatron`` run on the CPU in this process. Call before building anything.
+
+    Raises:
+        RuntimeError: CUDA is available; a GPU machine needs none of this.
+    """
+    global _enabled
+    if _enabled:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError("mhc_megatron.cpu.enable() is for machines without CUDA")
+    # Megatron decorates functions with torch.compile (core/jit.py:15); on a CPU that means a C++
+    # compiler run for each, for no gain at these sizes.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    torch._dynamo.config.disable = True  # the variable is read once, maybe before now
+    _stand_in_for_cuda()
+    _CudaIsCpu().__enter__()
+    _patch_megatron()
+    _enabled = True
+
+
+def enabled() -> bool:
+    """Whether ``enable()`` ran in this process."""
+    return _enabled
+
+
+#: Settings of a run on the CPU, as Megatron's command line names them; they win over the run's own.
+ARGUMENTS: dict[str, Any] = {
+    "use-cpu-initialization": True,
+    "distributed-backend": "gloo",
+    "transformer-impl": "local",
+    # Fused kernels are CUDA extensions or compiled functions.
+    "no-masked-softmax-fusion": True,
+    "no-bias-gelu-fusion": True,
+    "no-bias-swiglu-fusion": True,
+    "no-bias-dropout-fusion": True,
+    "no-rope-fusion": True,
+    "no-gradient-accumulation-fusion": True,
+    "no-persist-layer-norm": True,
+}
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    """Sends every ``device="cuda"`` to the CPU and lets CPU tensors name CUDA types.
+
+    ``Tensor.type()`` is compared with ``torch.cuda.FloatTensor`` by core/optimizer/clip_grads.py:174
+    and core/optimizer/distrib_optimizer.py:479.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            name = func(*args)
+            return _CUDA_TYPES.get(name, name)
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type:
+            args = tuple(_cpu_type(a) for a in args)
+        kwargs.pop("pin_memory", None)  # pinning is for copies to a GPU
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = torch.device("cpu")
+        if func is torch.Tensor.to and any(_is_cuda(a) for a in args[1:]):
+            args = (args[0], *(torch.device("cpu") if _is_cuda(a) else a for a in args[1:]))
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    # A bare index means a CUDA device; Megatron passes torch.cuda.current_device() (an int).
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+def _cpu_type(argument: Any) -> Any:
+    return argument.replace("torch.cuda.", "torch.") if isinstance(argument, str) else argument
+
+
+class Stream:
+    """A stream that is always done: CPU work is finished when the call returns."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = torch.device("cpu")
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.record(self)
+        return event
+
+
+class Event:
+    """A recorded time; ``elapsed_time`` in milliseconds, as CUDA's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.time = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.time = time.perf_counter()
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1000.0 * (end.time - self.time)
+
+
+_STREAM = Stream()
+
+
+@contextlib.contextmanager
+def _stream_context(stream: Any = None):
+    yield
+
+
+def _stand_in_for_cuda() -> None:
+    """The functions of ``torch.cuda`` that Megatron calls, answered for one CPU 'device'."""
+
+    class Properties:
+        name, major, minor, multi_processor_count, total_memory = "cpu", 0, 0, 1, 0
+
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,  # training/initialize.py:66 asserts it
+        "device_count": lambda: 1,  # training/initialize.py:333
+        "current_device": lambda: 0,
+        "is_initialized": lambda: True,
+        "get_device_capability": lambda *a: (0, 0),
+        "get_device_properties": lambda *a: Properties(),
+        "get_device_name": lambda *a: "cpu",
+        "get_rng_state": lambda *a: torch.get_rng_state(),  # tensor_parallel/random.py
+        "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+        "manual_seed_all": _nothing(),  # torch.manual_seed calls it after the CPU generator
+        "initial_seed": torch.initial_seed,
+        "current_stream": lambda *a: _STREAM,
+        "default_stream": lambda *a: _STREAM,
+        "stream": _stream_context,
+        "device": _stream_context,
+        "Stream": Stream,
+        "Event": Event,
+        "memory_allocated": lambda *a: 0,
+        "max_memory_allocated": lambda *a: 0,
+        "memory_reserved": lambda *a: 0,
+        "max_memory_reserved": lambda *a: 0,
+        "mem_get_info": lambda *a: (0, 0),
+        "memory_stats": lambda *a: _NoMemory(),
+        "is_current_stream_capturing": lambda: False,
+        "cudart": lambda: None,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream"):
+        setattr(torch.cuda, name, _nothing())
+    for name in ("range_push", "range_pop", "mark"):  # core/utils.py nvtx_range_push
+        setattr(torch.cuda.nvtx, name, _nothing())
+    torch.Tensor.record_stream = _nothing()
+    torch.Tensor.pin_memory = lambda tensor, *device: tensor  # training/datasets/data_samplers.py
+    # tensor_parallel/random.py:66 sets the generator's state through the default generators.
+    torch.cuda.default_generators = (torch.default_generator,)
+
+
+def _nothing():
+    """A function that does nothing; a new one each time, as TorchDynamo keeps a rule for each."""
+    return lambda *args, **kwargs: None
+
+
+class _NoMemory(dict):
+    """``torch.cuda.memory_stats()`` of a machine without CUDA memory: zero for every key."""
+
+    def __missing__(self, key: str) -> int:
+        return 0
+
+
+def _patch_megatron() -> None:
+    """The few places in Megatron that no stand-in of ``torch.cuda`` reaches."""
+    from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer import torch_norm
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # tensor_parallel/random.py:104,135 reach for torch.cuda's generators through private calls.
+    megatron_random._get_cuda_rng_state = _get_rng_state
+    megatron_random._set_cuda_rng_state = _set_rng_state
+    # transformer/moe/moe_utils.py:1169 moves (and turns to numpy) only what lies on a GPU.
+    moe_utils.maybe_move_tensor_to_cpu = _move_to_cpu
+    token_dispatcher.maybe_move_tensor_to_cpu = _move_to_cpu
+    # transformer/torch_norm.py:50 refuses sequence parallelism, the only norm without CUDA.
+    torch_norm.WrappedTorchNorm.__new__ = _sequence_parallel_norm(
+        torch_norm.WrappedTorchNorm.__new__
+    )
+
+
+def _get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False):
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+
+def _sequence_parallel_norm(build):
+    """Megatron's torch norm, marked so that its weight's gradient is added over the TP ranks."""
+
+    def new(cls, config, *args: Any, **kwargs: Any):
+        if not config.sequence_parallel:
+            return build(cls, config, *args, **kwargs)
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm = build(cls, plain, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = True
+        return norm
+
+    return new
