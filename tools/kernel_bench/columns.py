@@ -17,7 +17,7 @@ import torch
 from mhc_kernels import reference
 from torch import Tensor
 
-from .case import Case, Params
+from .case import DTYPES, Case, Params
 
 #: u, H_post, H_res as ``pre`` returns them, in the column's layout.
 PreOutputs = tuple[Tensor, Tensor, Tensor | None]
@@ -204,22 +204,24 @@ def _transpose_res_rows(rows: Tensor, n: int = 4) -> Tensor:
     return torch.cat([head, res])
 
 
-def _ours(case: Case) -> Column:
+def _ours(case: Case, device: torch.device) -> Column:
     import mhc_kernels
 
     names = ("mhc_pre", "mhc_post", "mhc_post_pre")
-    fused = all(hasattr(mhc_kernels, name) for name in names)
-    note = "" if fused else "mhc_kernels exports no kernels here: these are its eager equations"
+    exported = all(hasattr(mhc_kernels, name) for name in names)
+    stream = torch.empty(1, case.n, case.C, dtype=DTYPES[case.dtype], device=device)
+    fused = exported and mhc_kernels.supported(stream)
+    note = "" if fused else "no kernels for this device or case: these are the eager equations"
     functions = tuple(getattr(mhc_kernels if fused else reference, name) for name in names)
     return EquationColumn("ours", _version("mhc-megatron"), functions, case.variant, note)
 
 
-def _eager(case: Case) -> Column:
+def _eager(case: Case, device: torch.device) -> Column:
     functions = (reference.mhc_pre, reference.mhc_post, reference.mhc_post_pre)
     return EquationColumn("reference", f"torch {torch.__version__}", functions, case.variant)
 
 
-def _compiled(case: Case) -> Column:
+def _compiled(case: Case, device: torch.device) -> Column:
     import torch._dynamo
     import torch._functorch.config
 
@@ -235,14 +237,14 @@ def _compiled(case: Case) -> Column:
     return EquationColumn("compile", f"torch {torch.__version__}", functions, case.variant)
 
 
-def _transformer_engine(case: Case) -> Column:
+def _transformer_engine(case: Case, device: torch.device) -> Column:
     _only(case, n=(4,), dtypes=("bf16", "fp32"))
     from transformer_engine.pytorch.triton import mhc
 
     return TransformerEngineColumn(_version("transformer-engine", "transformer_engine"), mhc)
 
 
-def _tile_kernels(case: Case) -> Column:
+def _tile_kernels(case: Case, device: torch.device) -> Column:
     _only(case, n=(4,), dtypes=("bf16",))
     if case.C % 128:
         raise Absent(f"takes multiples of 128 channels, not C = {case.C}")
@@ -259,14 +261,14 @@ def _tile_kernels(case: Case) -> Column:
     return TileKernelsColumn(version, mhc)
 
 
-def _liger(case: Case) -> Column:
+def _liger(case: Case, device: torch.device) -> Column:
     _only(case, n=(2, 4, 8), dtypes=("bf16", "fp16", "fp32"))
     from liger_kernel.transformers import functional
 
     return LigerColumn(_version("liger-kernel"), functional)
 
 
-_MAKERS: dict[str, Callable[[Case], Column]] = {
+_MAKERS: dict[str, Callable[[Case, torch.device], Column]] = {
     "ours": _ours,
     "reference": _eager,
     "compile": _compiled,
@@ -284,7 +286,7 @@ def load(name: str, case: Case, device: torch.device) -> Column:
     if device.type == "cpu" and name not in CPU_COLUMNS:
         raise Absent("needs a CUDA GPU")
     try:
-        return _MAKERS[name](case)
+        return _MAKERS[name](case, device)
     except Absent:
         raise
     except ModuleNotFoundError as error:

@@ -243,6 +243,7 @@ _LABELS = {
     "compile": "torch.compile",
     "reference": "eager",
 }
+_FLOOR = "floor: bytes the fused boundary must move / copy bandwidth"
 
 
 def plot(run: Run, path: Path) -> None:
@@ -257,8 +258,10 @@ def plot(run: Run, path: Path) -> None:
     axes[0].set_ylabel("ms per sublayer, forward + backward")
     if with_floor:
         _draw(axes[1], shapes, relative=True)
-        axes[1].set_ylabel("time / boundary-fused floor")
+        axes[1].set_ylabel("time / floor")
     first = shapes[0].case
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8, frameon=False)
     figure.suptitle(
         f"One mHC sublayer in a chain of {SUBLAYERS}: n = {first.n}, {first.dtype}, "
         f"{first.variant}; {run.header.get('device', '')}"
@@ -270,7 +273,7 @@ def _draw(axis, shapes: list[ShapeResult], relative: bool) -> None:
     sizes = [shape.case.T * shape.case.C for shape in shapes]
     if all(shape.copy for shape in shapes):
         floors = [1.0 if relative else shape.floor("chain") for shape in shapes]
-        axis.plot(sizes, floors, "k--", linewidth=1.5, label="floor (bytes / copy bandwidth)")
+        axis.plot(sizes, floors, "k--", linewidth=1.5, label=_FLOOR)
     names = dict.fromkeys(column.name for shape in shapes for column in shape.columns)
     for name in names:
         points = [_point(shape, name, relative) for shape in shapes]
@@ -297,7 +300,6 @@ def _log_axes(axis, shapes: list[ShapeResult], sizes: list[int]) -> None:
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_xlabel("tokens T x channels C, spaced by their product")
     axis.grid(True, alpha=0.3)
-    axis.legend(fontsize=8, frameon=False)
 
 
 def _point(shape: ShapeResult, name: str, relative: bool) -> float:
