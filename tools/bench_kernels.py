@@ -31,6 +31,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -39,7 +40,7 @@ from kernel_bench.case import DTYPES, SUBLAYERS, Case, Inputs, make_inputs
 from kernel_bench.columns import COLUMNS, CPU_COLUMNS, Absent, Column, load
 from kernel_bench.results import ColumnResult, Run, ShapeResult
 from kernel_bench.tasks import make_tasks
-from kernel_bench.timing import COPY, EMPTY, GraphClock, Times, WallClock
+from kernel_bench.timing import COPY, EMPTY, FLUSH, GraphClock, Times, WallClock
 from mhc_kernels.reference import VARIANTS, phi_rows
 
 SHAPES = "4096x1280,4096x1920,4096x2560,16384x2560,8192x4096,4096x7168"
@@ -51,7 +52,7 @@ QUICK_ROUNDS = {"cuda": 6, "cpu": 3}
 class Parser(argparse.ArgumentParser):
     """Bad arguments: one sentence, exit code 2."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"bench_kernels: {message}\n")
 
 
@@ -236,7 +237,7 @@ def _header(arguments: list[str], device: torch.device, rounds: int) -> dict[str
         l2 = torch.cuda.get_device_properties(device).L2_cache_size
         method = (
             f"CUDA-graph replays between two events, median of {rounds}, columns taking turns; "
-            f"cold L2: before each replay a buffer of {4 * l2 >> 20} MiB is read; nothing is "
+            f"cold L2: before each replay a buffer of {FLUSH * l2 >> 20} MiB is read; nothing is "
             "subtracted; spread = (p90 - p10) / median; GB/s counts the bytes that must move"
         )
     else:

@@ -5,6 +5,7 @@ The symbols are those of ``mhc_kernels.reference``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -142,7 +143,7 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     return Inputs(x, y, H_post, H_res, params, grads)
 
 
-def _params(case: Case, normal) -> Params:
+def _params(case: Case, normal: Callable[..., Tensor]) -> Params:
     K = reference.phi_rows(case.n, case.variant)
     phi = normal(K, case.n * case.C) / (case.n * case.C) ** 0.5
     alpha = 1 + 0.1 * normal(reference.alpha_size(case.variant))

@@ -12,6 +12,7 @@ import functools
 import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from mhc_kernels import reference
@@ -21,6 +22,8 @@ from .case import DTYPES, Case, Params
 
 #: u, H_post, H_res as ``pre`` returns them, in the column's layout.
 PreOutputs = tuple[Tensor, Tensor, Tensor | None]
+#: x_next, u, H_post', H_res' as ``post_pre`` returns them.
+BoundaryOutputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 #: The parameters of one sublayer, as the column takes them.
 NativeParams = tuple[Tensor, ...]
 
@@ -33,7 +36,7 @@ class Column(ABC):
     """An implementation in reference.py's layout; those with another override ``native`` etc."""
 
     #: The boundary in one call (x, y, H_post, H_res, params), where the implementation has one.
-    post_pre: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None
+    post_pre: Callable[..., BoundaryOutputs] | None = None
 
     def __init__(self, name: str, version: str, note: str = "") -> None:
         self.name, self.version, self.note = name, version, note
@@ -79,6 +82,7 @@ class EquationColumn(Column):
         super().__init__(name, version, note)
         self._pre, self._post, self._post_pre = functions
         self._options = {"variant": variant}
+        self.post_pre = self._boundary
 
     def pre(self, x: Tensor, params: NativeParams) -> PreOutputs:
         return self._pre(x, *params, **self._options)
@@ -86,7 +90,9 @@ class EquationColumn(Column):
     def post(self, x: Tensor, y: Tensor, H_post: Tensor, H_res: Tensor | None) -> Tensor:
         return self._post(x, y, H_post, H_res)
 
-    def post_pre(self, x, y, H_post, H_res, params):
+    def _boundary(
+        self, x: Tensor, y: Tensor, H_post: Tensor, H_res: Tensor | None, params: NativeParams
+    ) -> BoundaryOutputs:
         return self._post_pre(x, y, H_post, H_res, *params, **self._options)
 
 
@@ -96,7 +102,7 @@ class TransformerEngineColumn(Column):
     It mixes as x @ H_res and normalises rows first, so the paper's H_res, transposed, is its own.
     """
 
-    def __init__(self, version: str, module) -> None:
+    def __init__(self, version: str, module: Any) -> None:
         super().__init__("te", version, "deterministic projection, tf32, layout [T, C, n]")
         self._module = module
 
@@ -128,7 +134,7 @@ class TransformerEngineColumn(Column):
 class TileKernelsColumn(Column):
     """DeepSeek's TileKernels 1.x: x is [1, T, n, C], its ``comb`` is H_res transposed."""
 
-    def __init__(self, version: str, module) -> None:
+    def __init__(self, version: str, module: Any) -> None:
         super().__init__("tile", version, "tf32, Sinkhorn denominators + 1e-6")
         self._ops, self._module = module.ops, module
 
@@ -176,7 +182,7 @@ class TileKernelsColumn(Column):
 class LigerColumn(Column):
     """Liger-Kernel: phi is [nC, K], one tensor for each alpha; rows are normalised first."""
 
-    def __init__(self, version: str, module) -> None:
+    def __init__(self, version: str, module: Any) -> None:
         super().__init__("liger", version, "float32 phi (tf32 dot), rows first, columns last")
         self._module = module
 

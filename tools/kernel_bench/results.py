@@ -269,7 +269,7 @@ def plot(run: Run, path: Path) -> None:
     figure.savefig(path, dpi=150, format="png")
 
 
-def _draw(axis, shapes: list[ShapeResult], relative: bool) -> None:
+def _draw(axis: Any, shapes: list[ShapeResult], relative: bool) -> None:
     sizes = [shape.case.T * shape.case.C for shape in shapes]
     if all(shape.copy for shape in shapes):
         floors = [1.0 if relative else shape.floor("chain") for shape in shapes]
@@ -284,7 +284,7 @@ def _draw(axis, shapes: list[ShapeResult], relative: bool) -> None:
     _log_axes(axis, shapes, sizes)
 
 
-def _log_axes(axis, shapes: list[ShapeResult], sizes: list[int]) -> None:
+def _log_axes(axis: Any, shapes: list[ShapeResult], sizes: list[int]) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.minorticks_off()

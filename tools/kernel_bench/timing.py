@@ -1,9 +1,10 @@
 """How time is taken.
 
 On a GPU: every task is captured into a CUDA graph and replayed, one replay at a time between two
-events. Before each replay a buffer of four times the L2 is read, so every replay starts with a cold
-L2 whose lines are clean (a buffer that is written instead leaves dirty lines, which the measured
-kernels would have to write back). Tasks take turns: one replay of each, then the next round.
+events. Before each replay a buffer of 16 times the L2 is read, so every replay starts with a cold L2
+whose lines are clean (a buffer that is written instead leaves dirty lines, which the measured
+kernels would have to write back), and the reading lasts long enough for the host to have the replay
+queued behind it. Tasks take turns: one replay of each, then the next round.
 Nothing is subtracted; the time of a graph that holds one tiny kernel is reported beside the rest,
 as the floor of this method.
 
@@ -28,6 +29,9 @@ from torch import Tensor
 from .tasks import Task
 
 COPY, EMPTY = "copy kernel", "empty graph"
+
+#: Size of the buffer that is read to clear the L2, in L2 sizes.
+FLUSH = 16
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class GraphClock:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._alive: list[object] = []
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.ones(4 * l2_bytes // 4, dtype=torch.int32, device=device)
+        self._flush = torch.ones(FLUSH * l2_bytes // 4, dtype=torch.int32, device=device)
         self._flush_out = torch.zeros((), dtype=torch.int64, device=device)
         self.copy_bytes = copy_bytes
         source = torch.ones(copy_bytes // 4, dtype=torch.int32, device=device)
