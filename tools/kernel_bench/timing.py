@@ -1,10 +1,10 @@
 """How time is taken.
 
 On a GPU: every task is captured into a CUDA graph and replayed, one replay at a time between two
-events. Before each replay a buffer of 16 times the L2 is read, so every replay starts with a cold L2
+events. Before each replay a buffer of 16 times the L2 is read: every replay starts with a cold L2
 whose lines are clean (a buffer that is written instead leaves dirty lines, which the measured
-kernels would have to write back), and the reading lasts long enough for the host to have the replay
-queued behind it. Tasks take turns: one replay of each, then the next round.
+kernels would have to write back), and the host has queued the replay before the reading ends.
+Tasks take turns: one replay of each, then the next round.
 Nothing is subtracted; the time of a graph that holds one tiny kernel is reported beside the rest,
 as the floor of this method.
 
