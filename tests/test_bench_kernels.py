@@ -168,7 +168,8 @@ def test_the_equations_themselves_have_float32_errors(variant: str, n: int):
 @pytest.mark.parametrize("output", ["u", "H_post", "H_res"])
 def test_a_perturbed_output_shows_with_its_size_and_nowhere_else(output: str):
     def perturbed(*args, **options):
-        named = dict(zip(("u", "H_post", "H_res"), reference.mhc_pre(*args, **options)))
+        values = reference.mhc_pre(*args, **options)
+        named = dict(zip(("u", "H_post", "H_res"), values, strict=True))
         # A straight-through factor: the value is off by 1e-3, the gradients are right.
         named[output] = named[output] + (1e-3 * named[output]).detach()
         return tuple(named.values())

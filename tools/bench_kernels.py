@@ -30,17 +30,18 @@ import gc
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-
 from kernel_bench import accuracy, results
 from kernel_bench.case import DTYPES, SUBLAYERS, Case, Inputs, make_inputs
 from kernel_bench.columns import COLUMNS, CPU_COLUMNS, Absent, Column, load
 from kernel_bench.results import ColumnResult, Run, ShapeResult
 from kernel_bench.tasks import make_tasks
 from kernel_bench.timing import COPY, EMPTY, FLUSH, GraphClock, Times, WallClock
+
 from mhc_kernels.reference import VARIANTS, phi_rows
 
 SHAPES = "4096x1280,4096x1920,4096x2560,16384x2560,8192x4096,4096x7168"
@@ -138,7 +139,7 @@ def _add_tasks(
     tasks = []
     _attempt(result, "operands", lambda: tasks.extend(make_tasks(column, inputs)))
     for task in tasks:
-        _attempt(result, task.part, lambda: clock.add((column.name, task.part), task))
+        _attempt(result, task.part, partial(clock.add, (column.name, task.part), task))
 
 
 def _attempt(result: ColumnResult, what: str, action: Callable[[], object]) -> None:

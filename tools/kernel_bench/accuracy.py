@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from mhc_kernels import reference
 from torch import Tensor
+
+from mhc_kernels import reference
 
 from .case import SUBLAYERS, Case, Inputs
 from .columns import Column, EquationColumn
-from .tasks import OPERANDS, OUTPUTS, ROLES, Chain, Operation
+from .tasks import OUTPUTS, ROLES, Chain, Operation
 
 #: Tokens of the chain that are compared with float64 (token by token, so any number is exact).
 CHAIN_TOKENS = 1024
@@ -48,7 +49,7 @@ def results(name: str, column: Column, inputs: Inputs) -> dict[str, Tensor]:
     outputs = operation.forward()
     gradients = operation.backward(outputs)
     found = {key: column.canonical(ROLES[key], value) for key, value in outputs.items()}
-    for role, gradient in zip(operation.operands, gradients):
+    for role, gradient in zip(operation.operands, gradients, strict=False):
         found[f"d_{role}"] = column.canonical(ROLES[role], gradient)
     if name != "post":
         params = column.canonical_params(gradients[len(operation.operands) :])

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mhc_kernels import reference
 from torch import Tensor
+
+from mhc_kernels import reference
 
 from .case import DTYPES, Case, Params
 

@@ -94,7 +94,7 @@ def write(run: Run, out: Path) -> list[Path]:
         lambda path: path.write_text(json.dumps(as_json(run), indent=1, allow_nan=False) + "\n"),
         lambda path: plot(run, path),
     )
-    for path, make in zip(paths, contents):
+    for path, make in zip(paths, contents, strict=True):
         partial = path.with_name(f".{path.name}.partial{path.suffix}")
         make(partial)
         os.replace(partial, path)
@@ -220,7 +220,7 @@ def _align(rows: list[list[str]]) -> list[str]:
     return [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
