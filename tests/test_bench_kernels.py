@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import bench_kernels  # noqa: E402
-from kernel_bench import accuracy, columns, results  # noqa: E402
+from kernel_bench import accuracy, columns, results, timing  # noqa: E402
 from kernel_bench.case import PARTS, SUBLAYERS, Case, floor_elements, make_inputs  # noqa: E402
 from kernel_bench.columns import Absent, EquationColumn  # noqa: E402
 from kernel_bench.timing import Times  # noqa: E402
@@ -372,6 +372,12 @@ def test_times():
     times = Times.of([float(value) for value in range(11)], divide_by=2)
     assert (times.median, times.p10, times.p90, times.least) == (2.5, 0.5, 4.5, 0)
     assert times.spread == pytest.approx(1.6)
+
+
+def test_the_fastest_copy_is_the_yardstick():
+    samples = {key: [2.0, 1.0 + i, 3.0 + i] for i, key in enumerate(timing.COPIES)}
+    samples["ours", "chain"] = [1e-3] * 3
+    assert timing.copy_bandwidth(samples, 1 << 30) == 2 * (1 << 30) / 2.0
 
 
 def example_run(copy: float | None) -> results.Run:

@@ -29,6 +29,7 @@ import datetime
 import gc
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from kernel_bench.case import DTYPES, SUBLAYERS, Case, Inputs, make_inputs
 from kernel_bench.columns import COLUMNS, CPU_COLUMNS, Absent, Column, load
 from kernel_bench.results import ColumnResult, Run, ShapeResult
 from kernel_bench.tasks import make_tasks
-from kernel_bench.timing import COPY, EMPTY, FLUSH, GraphClock, Times, WallClock
+from kernel_bench.timing import EMPTY, FLUSH, GraphClock, Times, WallClock, copy_bandwidth
 
 from mhc_kernels.reference import VARIANTS, phi_rows
 
@@ -48,6 +49,8 @@ SHAPES = "4096x1280,4096x1920,4096x2560,16384x2560,8192x4096,4096x7168"
 QUICK_SHAPES = {"cuda": "4096x2560", "cpu": "64x32,64x64,128x64"}
 ROUNDS = {"cuda": 24, "cpu": 3}
 QUICK_ROUNDS = {"cuda": 6, "cpu": 3}
+
+_START = time.monotonic()
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,7 +108,7 @@ def bench_shape(
                 result.times[part] = Times.of(times, divide_by)
     shape = ShapeResult(case, None, None, [result for _, result in found])
     if isinstance(clock, GraphClock):
-        shape.copy = 2 * clock.copy_bytes / Times.of(samples[COPY]).median
+        shape.copy = copy_bandwidth(samples, clock.copy_bytes)
         shape.empty_graph = Times.of(samples[EMPTY]).median
     del clock
     _free(device)
@@ -254,7 +257,7 @@ def _header(arguments: list[str], device: torch.device, rounds: int) -> dict[str
 
 
 def _log(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(f"[{time.monotonic() - _START:5.0f} s] {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

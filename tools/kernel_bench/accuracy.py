@@ -1,4 +1,9 @@
-"""Errors against float64, and what a training step has to keep."""
+"""Errors against float64, and what a training step has to keep.
+
+Operands are the same for all, rounded to the stream's dtype before float64 sees them. The exact
+boundary (``post_pre``) rounds nothing between post and pre: an implementation that reads the next
+coefficients off the rounded x_next, as two separate calls must, shows that rounding in them.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +81,8 @@ class Saved:
     total: float
     #: The same without the x and y (= u) of the sublayers, which any implementation needs.
     beyond_x_y: float
-    #: Growth of the allocated memory over the forward of the chain, x and y included; None on CPU.
+    #: Growth of the allocated memory over the forward of the chain, x (but the
+    #: first) and y included; None on CPU.
     allocated: float | None
 
     def as_dict(self) -> dict[str, float | None]:

@@ -317,7 +317,7 @@ def _version(*names: str) -> str:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return "unknown"
+    return "not packaged"
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,14 +8,15 @@ Tasks take turns: one replay of each, then the next round.
 Nothing is subtracted; the time of a graph that holds one tiny kernel is reported beside the rest,
 as the floor of this method.
 
-The yardstick is a copy kernel, replayed in the same rounds. (``Tensor.copy_`` captured into a graph
-becomes a memcpy node, which is slower.)
+The yardstick is a copy kernel, replayed in the same rounds; the fastest of a few launch shapes
+counts. (``Tensor.copy_`` captured into a graph becomes a memcpy node, which is slower.)
 
 On a CPU: wall-clock time of the eager call, in turns as well. It serves to test the bench.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Hashable
@@ -28,7 +29,12 @@ from torch import Tensor
 
 from .tasks import Task
 
-COPY, EMPTY = "copy kernel", "empty graph"
+EMPTY = "empty graph"
+#: Launch shapes of the copy kernel: int32 elements per block, warps.
+COPIES = {
+    f"copy kernel {block}/{warps}": (block, warps)
+    for block, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8))
+}
 
 #: Size of the buffer that is read to clear the L2, in L2 sizes.
 FLUSH = 16
@@ -105,7 +111,9 @@ class GraphClock:
         self.copy_bytes = copy_bytes
         source = torch.ones(copy_bytes // 4, dtype=torch.int32, device=device)
         target = torch.empty_like(source)
-        self.add(COPY, Task("copy", lambda: None, lambda _: copy_kernel(source, target)))
+        for key, shape in COPIES.items():
+            body = functools.partial(copy_kernel, source, target, *shape)
+            self.add(key, Task("copy", lambda: None, lambda _, body=body: body()))
         one = torch.zeros(1, device=device)
         self.add(EMPTY, Task("empty", lambda: None, lambda _: one.add_(1)))
 
@@ -147,11 +155,15 @@ class GraphClock:
         }
 
 
-def copy_kernel(source: Tensor, target: Tensor) -> None:
+def copy_bandwidth(samples: dict[Hashable, list[float]], copy_bytes: int) -> float:
+    """Bytes a millisecond, read and written, of the launch shape with the smallest median."""
+    return 2 * copy_bytes / min(Times.of(samples[key]).median for key in COPIES)
+
+
+def copy_kernel(source: Tensor, target: Tensor, block: int, warps: int) -> None:
     """target = source, both int32 and contiguous, by one Triton kernel."""
-    block = 4096
     grid = (triton.cdiv(source.numel(), block),)
-    _copy[grid](source, target, source.numel(), BLOCK=block, num_warps=8)
+    _copy[grid](source, target, source.numel(), BLOCK=block, num_warps=warps)
 
 
 @triton.jit
