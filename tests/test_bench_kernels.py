@@ -426,8 +426,8 @@ def test_plot_draws_the_floor_and_every_column_on_log_axes():
     lines = {line.get_label(): line for line in axis.get_lines()}
     assert list(lines) == [results._FLOOR, "mhc_kernels", "Transformer Engine"]
     floor, ours = (line.get_ydata() for line in list(lines.values())[:2])
-    assert floor == pytest.approx([shape.floor("chain") for shape in shapes])
-    assert ours == pytest.approx([1.5 * value for value in floor])
+    assert floor[1:-1] == pytest.approx([shape.floor("chain") for shape in shapes])
+    assert ours == pytest.approx([1.5 * value for value in floor[1:-1]])
     labels = [label.get_text() for label in axis.get_xticklabels()]
     assert labels == ["4096x1280", "4096x7168", "16384x2560"]
 

@@ -243,6 +243,8 @@ _LABELS = {
     "compile": "torch.compile",
     "reference": "eager",
 }
+#: Factor between the outer shapes and the edges of the plot.
+_MARGIN = 1.2
 _FLOOR = "floor: bytes the fused boundary must move / copy bandwidth"
 
 
@@ -273,7 +275,11 @@ def _draw(axis: Any, shapes: list[ShapeResult], relative: bool) -> None:
     sizes = [shape.case.T * shape.case.C for shape in shapes]
     if all(shape.copy for shape in shapes):
         floors = [1.0 if relative else shape.floor("chain") for shape in shapes]
-        axis.plot(sizes, floors, "k--", linewidth=1.5, label=_FLOOR)
+        # On to the edges of the plot: the floor is proportional to T x C.
+        edges = (1.0, 1.0) if relative else (1 / _MARGIN, _MARGIN)
+        floors = [edges[0] * floors[0], *floors, edges[1] * floors[-1]]
+        wide = [sizes[0] / _MARGIN, *sizes, sizes[-1] * _MARGIN]
+        axis.plot(wide, floors, "k--", linewidth=1.5, label=_FLOOR)
     names = dict.fromkeys(column.name for shape in shapes for column in shape.columns)
     for name in names:
         points = [_point(shape, name, relative) for shape in shapes]
@@ -287,6 +293,7 @@ def _draw(axis: Any, shapes: list[ShapeResult], relative: bool) -> None:
 def _log_axes(axis: Any, shapes: list[ShapeResult], sizes: list[int]) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
+    axis.set_xlim(sizes[0] / _MARGIN, sizes[-1] * _MARGIN)
     axis.minorticks_off()
     labels = [f"{shape.case.T}x{shape.case.C}" for shape in shapes]
     axis.set_xticks(sizes, labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
