@@ -51,7 +51,7 @@ from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 from mhc_megatron.layer_spec import mhc_layer_spec
 from mhc_megatron.optimizer import group_connections
-from mhc_megatron.pipeline import widen_pipeline
+from mhc_megatron.pipeline import embedding_ranks, widen_pipeline
 
 #: Megatron's threshold: a loss this many times the largest seen so far is a spike.
 SPIKY_LOSS_FACTOR = 10
@@ -156,6 +156,11 @@ def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None
         datasets,
         ModelType.encoder_or_decoder,
         forward_step_func or forward_step,
+        get_embedding_ranks=functools.partial(
+            embedding_ranks,
+            config=model_config.transformer,
+            tied=model_config.share_embeddings_and_output_weights,
+        ),
     )
 
 
