@@ -30,10 +30,8 @@ from mhc_megatron.config import MHCConfig
 from mhc_megatron.connection import HyperConnection
 from mhc_megatron.optimizer import connection_overrides
 
-from tests.distributed.models import SEQUENCE, VOCABULARY, build, initialize
-
-#: Sequences of a step, over all ranks and microbatches of one sequence each.
-BATCH = 4
+from tests.distributed.data import BATCH, SEQUENCE, VOCABULARY
+from tests.distributed.models import build, initialize
 
 #: Large alpha and phi, so that a wrong H_res anywhere shows in the loss.
 MHC = {"variant": "mhc", "n": 4, "alpha": 0.5, "init_std": 0.1}

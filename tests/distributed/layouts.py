@@ -177,6 +177,7 @@ ROWS: list[Row] = [
     _row("MoE, shared expert, loss-free balancing", "EP2, PP2", 4, ep=2, pp=2),
     _row("MoE, shared expert, loss-free balancing", "TP2, SP, EP2", 2, tp=2, sp=True, ep=2, etp=1),
     _row("MoE, auxiliary loss", "EP2, PP2", 4, ep=2, pp=2),
+    _row("MLA", "TP2", 2, tp=2),
     _row("MLA", "TP2, SP", 2, tp=2, sp=True),
     _row("MLA", "PP2", 2, pp=2),
     _row("MLA, MoE", "EP2, PP2, VPP2", 4, ep=2, pp=2, vp=2),

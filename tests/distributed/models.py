@@ -40,7 +40,7 @@ from mhc_megatron.training import (
     MHCModelConfig,
 )
 
-VOCABULARY, SEQUENCE = 64, 16
+from tests.distributed.data import SEQUENCE, VOCABULARY
 
 BASE: dict[str, Any] = {
     "num_layers": 4,
