@@ -21,7 +21,9 @@ import torch
 import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
-_enabled = False
+_mode: _CudaIsCpu | None = None
+#: What was replaced: (object, attribute, its own value), in order.
+_replaced: list[tuple[Any, str, Any]] = []
 
 #: ``Tensor.type()`` of a CPU tensor -> what its CUDA twin answers.
 _CUDA_TYPES = {
@@ -36,26 +38,42 @@ def enable() -> None:
     Raises:
         RuntimeError: CUDA is available; a GPU machine needs none of this.
     """
-    global _enabled
-    if _enabled:
+    global _mode
+    if _mode is not None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("mhc_megatron.cpu.enable() is for machines without CUDA")
     # Megatron decorates functions with torch.compile (core/jit.py:15); on a CPU that means a C++
     # compiler run for each, for no gain at these sizes.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    torch._dynamo.config.disable = True  # the variable is read once, maybe before now
+    _replace(torch._dynamo.config, "disable", True)  # the variable is read once, maybe before now
     _stand_in_for_cuda()
-    mode = _CudaIsCpu()
-    mode.__enter__()
-    _stay_during_backward(mode)
+    _mode = _CudaIsCpu()
+    _mode.__enter__()
+    _stay_during_backward(_mode)
     _patch_megatron()
-    _enabled = True
+
+
+def disable() -> None:
+    """Undo ``enable()``: for tests that share a process with others."""
+    global _mode
+    if _mode is None:
+        return
+    _mode.__exit__(None, None, None)
+    _mode = None
+    while _replaced:
+        target, name, value = _replaced.pop()
+        setattr(target, name, value)
 
 
 def enabled() -> bool:
-    """Whether ``enable()`` ran in this process."""
-    return _enabled
+    """Whether ``enable()`` is in force in this process."""
+    return _mode is not None
+
+
+def _replace(target: Any, name: str, value: Any) -> None:
+    _replaced.append((target, name, getattr(target, name, None)))
+    setattr(target, name, value)
 
 
 #: Settings of a run on the CPU, as Megatron's command line names them; they win over the run's own.
@@ -110,7 +128,7 @@ def _stay_during_backward(mode: TorchFunctionMode) -> None:
         with mode:
             return run(*args, **kwargs)
 
-    torch.autograd._engine_run_backward = run_backward
+    _replace(torch.autograd, "_engine_run_backward", run_backward)
 
 
 def _is_cuda(device: Any) -> bool:
@@ -217,15 +235,22 @@ def _stand_in_for_cuda() -> None:
         "cudart": lambda: None,
     }
     for name, answer in answers.items():
-        setattr(torch.cuda, name, answer)
-    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream"):
-        setattr(torch.cuda, name, _nothing())
+        _replace(torch.cuda, name, answer)
+    for name in (
+        "set_device",
+        "synchronize",
+        "empty_cache",
+        "reset_peak_memory_stats",
+        "set_stream",
+    ):
+        _replace(torch.cuda, name, _nothing())
     for name in ("range_push", "range_pop", "mark"):  # core/utils.py nvtx_range_push
-        setattr(torch.cuda.nvtx, name, _nothing())
-    torch.Tensor.record_stream = _nothing()
-    torch.Tensor.pin_memory = lambda tensor, *device: tensor  # training/datasets/data_samplers.py
+        _replace(torch.cuda.nvtx, name, _nothing())
+    _replace(torch.Tensor, "record_stream", _nothing())
+    # training/datasets/data_samplers.py
+    _replace(torch.Tensor, "pin_memory", lambda tensor, *device: tensor)
     # tensor_parallel/random.py:66 sets the generator's state through the default generators.
-    torch.cuda.default_generators = (torch.default_generator,)
+    _replace(torch.cuda, "default_generators", (torch.default_generator,))
 
 
 def _nothing():
@@ -248,26 +273,26 @@ def _patch_megatron() -> None:
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     # tensor_parallel/random.py:104,135 reach for torch.cuda's generators through private calls.
-    megatron_random._get_cuda_rng_state = _get_rng_state
-    megatron_random._set_cuda_rng_state = _set_rng_state
+    _replace(megatron_random, "_get_cuda_rng_state", _get_rng_state)
+    _replace(megatron_random, "_set_cuda_rng_state", _set_rng_state)
     # transformer/moe/moe_utils.py:1169 moves (and turns to numpy) only what lies on a GPU.
-    moe_utils.maybe_move_tensor_to_cpu = _move_to_cpu
-    token_dispatcher.maybe_move_tensor_to_cpu = _move_to_cpu
+    _replace(moe_utils, "maybe_move_tensor_to_cpu", _move_to_cpu)
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _move_to_cpu)
     # transformer/torch_norm.py:50 refuses sequence parallelism, the only norm without CUDA.
-    torch_norm.WrappedTorchNorm.__new__ = _norm_like_the_fused(torch_norm.WrappedTorchNorm.__new__)
+    build = torch_norm.WrappedTorchNorm.__new__
+    _replace(torch_norm.WrappedTorchNorm, "__new__", _norm_like_the_fused(build))
     # models/hybrid/hybrid_block.py:167 makes the final norm of a HybridModel with Transformer Engine.
-    hybrid_block.TENorm = torch_norm.WrappedTorchNorm
+    _replace(hybrid_block, "TENorm", torch_norm.WrappedTorchNorm)
     # tensor_parallel/random.py:69 compiles a C++ extension that swaps pointers; here a copy does.
-    megatron_random._get_share_storage = lambda: _share_storage
+    _replace(megatron_random, "_get_share_storage", lambda: _share_storage)
     # Without Transformer Engine random.py:693 and :796 miss these names.
-    megatron_random.FP8GlobalStateManager = _NoFP8
-    megatron_random.fp8_autocast = lambda **kwargs: contextlib.nullcontext()
-    megatron_random.activation_recompute_forward = lambda **kwargs: contextlib.nullcontext()
+    _replace(megatron_random, "FP8GlobalStateManager", _NoFP8)
+    for name in ("fp8_autocast", "activation_recompute_forward"):
+        _replace(megatron_random, name, lambda **kwargs: contextlib.nullcontext())
     # transformer/multi_latent_attention.py names the channels of keys and values, which only
     # Transformer Engine's attention takes (dot_product_attention.py:46).
-    dot_product_attention.DotProductAttention.__init__ = _attention_with_channels(
-        dot_product_attention.DotProductAttention.__init__
-    )
+    attention = dot_product_attention.DotProductAttention
+    _replace(attention, "__init__", _attention_with_channels(attention.__init__))
 
 
 class _NoFP8:

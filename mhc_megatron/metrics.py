@@ -107,7 +107,7 @@ class MetricsWriter:
         mfu: float | None = None,
         memory_gib: float | None = None,
     ) -> None:
-        """The steps since the last such record: mean loss, mean time a step, all ranks' tokens/s."""
+        """The steps since the last such record: mean loss and step time, tokens/s of all ranks."""
         self._append(
             "train",
             iteration=iteration,
@@ -155,7 +155,7 @@ class MetricsWriter:
         Raises:
             ValueError: the lists differ in length.
         """
-        lists = {
+        lists: dict[str, Any] = {
             "forward_max": forward_max,
             "forward_min": forward_min,
             "backward_max": backward_max,
