@@ -29,6 +29,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config, unw
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.connection import HyperConnection
 from mhc_megatron.optimizer import connection_overrides
+from mhc_megatron.streams import is_connection
 
 from tests.distributed.data import BATCH, SEQUENCE, VOCABULARY
 from tests.distributed.models import build, initialize
@@ -237,3 +238,53 @@ def _metadata(job: dict[str, Any]) -> dict[str, Any]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
+
+
+# ------------------------------------------------------------------------------------------ dtypes
+
+
+def dtypes(job: dict[str, Any]) -> dict[str, Any]:
+    """Names of the dtypes of parameters, their gradients and main copies, after one step."""
+    initialize(job["kind"], job["layout"])
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    mhc = MHCConfig(**(MHC | job.get("mhc", {})))
+    ddp = job["ddp"]
+    model = build(job["kind"], job["layout"], mhc, ddp)
+    optimizer = make_optimizer(job, model, ddp, mhc)
+    _configure(model, optimizer, ddp)
+    step(model, optimizer, 0)
+    main = _main_parameters(optimizer)
+    seen: dict[str, Any] = {"connections": {}, "others": {}}
+    for name, parameter in model[0].named_parameters():
+        types = {
+            "parameter": _name(parameter),
+            "gradient": _name(parameter.main_grad),
+            # A float32 parameter is its own main copy, or has a float32 shard of its own.
+            "main": _name(main.get(id(parameter), parameter)),
+        }
+        seen["connections" if is_connection(parameter) else "others"][name] = types
+    seen["buffers"] = [
+        sorted({_name(p) for p in buffer.params})
+        for buffer in model[0].buffers + model[0].expert_parallel_buffers
+    ]
+    return seen
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _main_parameters(optimizer) -> dict[int, torch.Tensor]:
+    """id of a model's parameter -> what the optimizer steps in its place."""
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for ours, theirs in (
+            ("model_float16_groups", "shard_fp32_from_float16_groups"),
+            ("model_fp32_groups", "shard_fp32_groups"),
+            ("float16_groups", "fp32_from_float16_groups"),
+        ):
+            for group, mains in zip(
+                getattr(part, ours, []), getattr(part, theirs, []), strict=True
+            ):
+                pairs += zip(group, mains, strict=True)
+    return {id(parameter): main for parameter, main in pairs}
