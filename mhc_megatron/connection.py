@@ -19,11 +19,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from mhc_kernels import mhc_post, mhc_pre, reference
 from torch import Tensor, nn
 
 from mhc_megatron.config import MHCConfig
-from mhc_megatron.streams import keep_fp32
+from mhc_megatron.streams import keep_fp32, mark
 
 
 class HyperConnection(nn.Module):
@@ -58,17 +59,19 @@ class HyperConnection(nn.Module):
         self.phi = nn.Parameter(torch.empty(mhc.K, mhc.n * hidden_size, **options))
         self.alpha = nn.Parameter(torch.empty(mhc.alphas, **options))
         self.bias = nn.Parameter(torch.empty(mhc.K, **options))
-        for parameter in self.parameters():
-            parameter.sequence_parallel = sequence_parallel
-        if self.phi.device.type != "meta":
-            self.reset_parameters()
+        mark(self, sequence_parallel)
+        self.reset_parameters()
         self._coefficients: tuple[Tensor, Tensor | None] | None = None
+        #: Of the sublayer's norm, where layer_spec.recompute_norm drops its output.
+        self.norm_checkpoint: CheckpointWithoutOutput | None = None
         #: Called with (self, H_res) at every read while set; stability.py sets it.
         self.observer: Callable[[HyperConnection, Tensor | None], None] | None = None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The initial values that ``MHCConfig`` describes; the same on every rank and layout."""
+        if self.phi.device.type == "meta":
+            return
         digest = hashlib.sha256(f"{self.mhc.seed}/{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         self.phi.copy_(torch.empty(self.phi.shape).normal_(0, self.mhc.init_std, generator=generator))
@@ -99,6 +102,9 @@ class HyperConnection(nn.Module):
 
         def post(y_with_bias: tuple[Tensor, Tensor | None], x: Tensor, p: float) -> Tensor:
             y, y_bias = y_with_bias
+            if self.norm_checkpoint is not None:
+                self.norm_checkpoint.discard_output_and_register_recompute(y)
+                self.norm_checkpoint = None
             if training and p > 0:
                 y = F.dropout(y if y_bias is None else y + y_bias, p=p)
                 y_bias = None

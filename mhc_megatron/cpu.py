@@ -225,6 +225,7 @@ class _NoMemory(dict):
 
 def _patch_megatron() -> None:
     """The few places in Megatron that no stand-in of ``torch.cuda`` reaches."""
+    from megatron.core.models.hybrid import hybrid_block
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer import torch_norm
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -239,6 +240,17 @@ def _patch_megatron() -> None:
     torch_norm.WrappedTorchNorm.__new__ = _sequence_parallel_norm(
         torch_norm.WrappedTorchNorm.__new__
     )
+    # models/hybrid/hybrid_block.py:167 makes the final norm of a HybridModel with Transformer Engine.
+    hybrid_block.TENorm = torch_norm.WrappedTorchNorm
+    # tensor_parallel/random.py:69 compiles a C++ extension that swaps pointers; here a copy does.
+    megatron_random._get_share_storage = lambda: _share_storage
+
+
+def _share_storage(output: torch.Tensor, recomputed: torch.Tensor) -> None:
+    """Give ``output``, whose storage was resized to nothing, the values of ``recomputed``."""
+    storage = output.untyped_storage()
+    storage.resize_(recomputed.untyped_storage().nbytes())
+    storage.copy_(recomputed.untyped_storage())
 
 
 def _get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False):
