@@ -36,12 +36,16 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Region:
-    """A tensor of a source, or a box of it; ``squeeze`` leading axes of length one are dropped."""
+    """A tensor of a source, or a box of it; ``squeeze`` leading axes of length one are dropped.
+
+    ``scale`` names the scales of an fp8 weight; it is then read as bfloat16.
+    """
 
     key: str
     offset: tuple[int, ...] | None = None
     size: tuple[int, ...] | None = None
     squeeze: int = 0
+    scale: str = ""
 
 
 class Source(Protocol):
@@ -56,11 +60,12 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """An operation of ``OPERATIONS``, its inputs and its options."""
+    """An operation of ``OPERATIONS``, its inputs and its options; ``then`` is one on its result."""
 
     op: str
     inputs: tuple[Region, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    then: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,10 +111,12 @@ def make(output: Output, source: Source) -> tuple[Tensor, CastError | None]:
     inputs = [_read(region, source) for region in output.recipe.inputs]
     value = OPERATIONS[output.recipe.op](inputs, **output.recipe.options)
     del inputs
-    if value.numel() != math.prod(output.shape):
+    if value.numel() != math.prod(output.shape) and not output.recipe.then:
         raise UserError(
             f"{output.key} should have shape {list(output.shape)}, not {list(value.shape)}."
         )
+    if output.recipe.then:
+        return _quantized(output, value)
     value = value.reshape(output.shape)
     if value.dtype == output.dtype:
         return value, None
@@ -117,8 +124,18 @@ def make(output: Output, source: Source) -> tuple[Tensor, CastError | None]:
     return cast, _cast_error(value, cast) if output.report else None
 
 
+def _quantized(output: Output, value: Tensor) -> tuple[Tensor, CastError | None]:
+    result = OPERATIONS[output.recipe.then]([value])
+    if not output.report:
+        return result, None
+    restored = fp8_value([result, fp8_scale([value])], dtype=torch.float32)
+    return result, _cast_error(value, restored)
+
+
 def _read(region: Region, source: Source) -> Tensor:
     value = source.read(region)
+    if region.scale:
+        return fp8_value([value, source.read(Region(region.scale))], dtype=torch.bfloat16)
     return value.reshape(value.shape[region.squeeze :]) if region.squeeze else value
 
 
@@ -141,8 +158,8 @@ def copy(inputs: list[Tensor]) -> Tensor:
 
 
 def cat(inputs: list[Tensor]) -> Tensor:
-    """Inputs one after the other along the first axis (a scalar counts as one entry)."""
-    return torch.cat([x.reshape(1) if x.ndim == 0 else x for x in inputs])
+    """Inputs one after the other along the first axis."""
+    return torch.cat([torch.atleast_1d(x) for x in inputs])
 
 
 def rows(inputs: list[Tensor], *, start: int, stop: int) -> Tensor:
@@ -204,8 +221,7 @@ def fp8_scale(inputs: list[Tensor]) -> Tensor:
 def fp8_weight(inputs: list[Tensor]) -> Tensor:
     """The weight over its block's scale, as float8_e4m3fn."""
     weight = inputs[0].float()
-    scale = _spread(fp8_scale(inputs), weight.shape)
-    return weight.div_(scale).to(torch.float8_e4m3fn)
+    return (weight / _spread(fp8_scale(inputs), weight.shape)).to(torch.float8_e4m3fn)
 
 
 def fp8_value(inputs: list[Tensor], *, dtype: torch.dtype) -> Tensor:
@@ -240,6 +256,5 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
         mean,
         fp8_scale,
         fp8_weight,
-        fp8_value,
     )
 }
