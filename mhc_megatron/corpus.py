@@ -57,7 +57,7 @@ def check_corpus(prefix: str, *, sequence_length: int, vocab_size: int) -> None:
 
 def unigram_entropy(prefix: str) -> float | None:
     """Nats a token of the corpus, from PREFIX.json; None where it does not say."""
-    value = _sidecar(prefix).get("unigram_entropy_nats")
+    value = _sidecar(prefix).get("unigram_entropy")
     return float(value) if value is not None else None
 
 

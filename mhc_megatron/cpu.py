@@ -21,7 +21,9 @@ import torch
 import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
-_enabled = False
+_mode: _CudaIsCpu | None = None
+#: What was replaced: (object, attribute, its own value), in order.
+_replaced: list[tuple[Any, str, Any]] = []
 
 #: ``Tensor.type()`` of a CPU tensor -> what its CUDA twin answers.
 _CUDA_TYPES = {
@@ -36,24 +38,41 @@ def enable() -> None:
     Raises:
         RuntimeError: CUDA is available; a GPU machine needs none of this.
     """
-    global _enabled
-    if _enabled:
+    global _mode
+    if _mode is not None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("mhc_megatron.cpu.enable() is for machines without CUDA")
     # Megatron decorates functions with torch.compile (core/jit.py:15); on a CPU that means a C++
     # compiler run for each, for no gain at these sizes.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    torch._dynamo.config.disable = True  # the variable is read once, maybe before now
+    _replace(torch._dynamo.config, "disable", True)  # the variable is read once, maybe before now
     _stand_in_for_cuda()
-    _CudaIsCpu().__enter__()
+    _mode = _CudaIsCpu()
+    _mode.__enter__()
     _patch_megatron()
-    _enabled = True
+
+
+def disable() -> None:
+    """Undo ``enable()``: for tests that share a process with others."""
+    global _mode
+    if _mode is None:
+        return
+    _mode.__exit__(None, None, None)
+    _mode = None
+    while _replaced:
+        target, name, value = _replaced.pop()
+        setattr(target, name, value)
 
 
 def enabled() -> bool:
-    """Whether ``enable()`` ran in this process."""
-    return _enabled
+    """Whether ``enable()`` is in force in this process."""
+    return _mode is not None
+
+
+def _replace(target: Any, name: str, value: Any) -> None:
+    _replaced.append((target, name, getattr(target, name, None)))
+    setattr(target, name, value)
 
 
 #: Settings of a run on the CPU, as Megatron's command line names them; they win over the run's own.
@@ -200,15 +219,22 @@ def _stand_in_for_cuda() -> None:
         "cudart": lambda: None,
     }
     for name, answer in answers.items():
-        setattr(torch.cuda, name, answer)
-    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream"):
-        setattr(torch.cuda, name, _nothing())
+        _replace(torch.cuda, name, answer)
+    for name in (
+        "set_device",
+        "synchronize",
+        "empty_cache",
+        "reset_peak_memory_stats",
+        "set_stream",
+    ):
+        _replace(torch.cuda, name, _nothing())
     for name in ("range_push", "range_pop", "mark"):  # core/utils.py nvtx_range_push
-        setattr(torch.cuda.nvtx, name, _nothing())
-    torch.Tensor.record_stream = _nothing()
-    torch.Tensor.pin_memory = lambda tensor, *device: tensor  # training/datasets/data_samplers.py
+        _replace(torch.cuda.nvtx, name, _nothing())
+    _replace(torch.Tensor, "record_stream", _nothing())
+    # training/datasets/data_samplers.py
+    _replace(torch.Tensor, "pin_memory", lambda tensor, *device: tensor)
     # tensor_parallel/random.py:66 sets the generator's state through the default generators.
-    torch.cuda.default_generators = (torch.default_generator,)
+    _replace(torch.cuda, "default_generators", (torch.default_generator,))
 
 
 def _nothing():
@@ -230,15 +256,14 @@ def _patch_megatron() -> None:
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     # tensor_parallel/random.py:104,135 reach for torch.cuda's generators through private calls.
-    megatron_random._get_cuda_rng_state = _get_rng_state
-    megatron_random._set_cuda_rng_state = _set_rng_state
+    _replace(megatron_random, "_get_cuda_rng_state", _get_rng_state)
+    _replace(megatron_random, "_set_cuda_rng_state", _set_rng_state)
     # transformer/moe/moe_utils.py:1169 moves (and turns to numpy) only what lies on a GPU.
-    moe_utils.maybe_move_tensor_to_cpu = _move_to_cpu
-    token_dispatcher.maybe_move_tensor_to_cpu = _move_to_cpu
+    _replace(moe_utils, "maybe_move_tensor_to_cpu", _move_to_cpu)
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _move_to_cpu)
     # transformer/torch_norm.py:50 refuses sequence parallelism, the only norm without CUDA.
-    torch_norm.WrappedTorchNorm.__new__ = _sequence_parallel_norm(
-        torch_norm.WrappedTorchNorm.__new__
-    )
+    build = torch_norm.WrappedTorchNorm.__new__
+    _replace(torch_norm.WrappedTorchNorm, "__new__", _sequence_parallel_norm(build))
 
 
 def _get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False):

@@ -35,7 +35,7 @@ TOOL = ROOT / "tools" / "prepare_data.py"
 EOD = 256
 TEXTS = [
     "The quick brown fox\njumps over the lazy dog.\n",
-    "naïve café — 漢字, emoji 🦊, tab\t, quote \" and backslash \\",
+    'naïve café — 漢字, emoji 🦊, tab\t, quote " and backslash \\',
     "x",
     "a literal <|endoftext|> is text like any other",
     "line\r\nends\r\n" * 40,
@@ -55,8 +55,8 @@ def read_layout(prefix: Path) -> list[np.ndarray]:
     assert documents.tolist() == list(range(count + 1))
     tokens = np.memmap(f"{prefix}.bin", dtype, mode="r")
     assert tokens.size == lengths.sum()
-    itemsize = tokens.itemsize
-    return [tokens[p // itemsize :][:n] for p, n in zip(pointers.tolist(), lengths.tolist())]
+    starts = (pointers // tokens.itemsize).tolist()
+    return [tokens[p : p + n] for p, n in zip(starts, lengths.tolist(), strict=True)]
 
 
 def decoded(prefix: Path) -> list[bytes]:
@@ -98,7 +98,7 @@ def zstd(data: bytes) -> bytes:
 def make_folder(folder: Path) -> list[object]:
     (folder / "b" / "deep").mkdir(parents=True)
     order = ["a.txt", "b/deep/z.txt", "b/m.txt", "b/n.txt", "c.txt"]
-    for name, text in zip(order, TEXTS):
+    for name, text in zip(order, TEXTS, strict=True):
         (folder / name).write_bytes(text.encode())
     (folder / "ignored.md").write_text("not asked for")
     (folder / "b" / "empty.txt").write_text("")
@@ -199,7 +199,7 @@ def test_per_line_and_order_of_sources(tmp_path: Path) -> None:
 def test_long_file_in_pieces(size: int, block: int, eod: bool, tmp_path: Path) -> None:
     data = bytes(random.Random(size).randbytes(size))
     paths = [tmp_path / "long.txt", tmp_path / "short.txt"]
-    for path, content in zip(paths, (data, b"end")):
+    for path, content in zip(paths, (data, b"end"), strict=True):
         path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "BLOCK_BYTES", block)
@@ -219,7 +219,7 @@ def test_sidecar_states_the_stream(tmp_path: Path) -> None:
     stream = [token for document in read_layout(tmp_path / "c") for token in document.tolist()]
     counts = collections.Counter(stream).values()
     nats = -math.fsum(n / len(stream) * math.log(n / len(stream)) for n in counts)
-    assert sidecar["unigram_entropy_nats"] == pytest.approx(nats, abs=1e-12)
+    assert sidecar["unigram_entropy"] == pytest.approx(nats, abs=1e-12)
     assert (sidecar["tokens"], sidecar["documents"]) == (len(stream), len(TEXTS))
     assert (sidecar["vocab_size"], sidecar["eod_id"], sidecar["dtype"]) == (257, 256, "uint16")
 
@@ -371,6 +371,17 @@ def test_megatron_reads_it_and_would_write_the_same(tmp_path: Path) -> None:
     assert [bytes(document[:-1].astype(np.uint8)).decode() for document in dataset[:]] == TEXTS
     for size in (2, 257, 65499, 65500, 65536, 200_000):
         assert indexed.dtype_for(size) == np.dtype(DType.optimal_dtype(size))
+
+
+def test_the_trainer_takes_it(pair: Path) -> None:
+    from mhc_megatron.corpus import check_corpus, unigram_entropy
+    from mhc_megatron.errors import UserError
+
+    sidecar = indexed.read_sidecar(pair)
+    check_corpus(str(pair), sequence_length=sidecar["tokens"] - 1, vocab_size=257)
+    assert unigram_entropy(str(pair)) == sidecar["unigram_entropy"]
+    with pytest.raises(UserError, match="vocabulary of 257"):
+        check_corpus(str(pair), sequence_length=8, vocab_size=256)
 
 
 def test_no_torch_in_the_tool() -> None:
@@ -754,10 +765,11 @@ def test_partly_bad_input(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     folder.mkdir()
     arguments = [*make(folder), "--output", tmp_path / "out" / "c"]
     assert cli(*arguments) == 2
-    message = capsys.readouterr().err
-    assert place in message and message.count("\n") == 1 and "--skip-bad" in message
-    assert not list((tmp_path / "out").iterdir())
-    assert cli(*arguments, "--skip-bad") == 0
+    skipped, message = capsys.readouterr().err.splitlines()
+    assert place in skipped and "--skip-bad" in message
+    kept = (tmp_path / "out" / "c.bin").read_bytes()
+    assert cli(*arguments, "--skip-bad", "--force") == 0
+    assert (tmp_path / "out" / "c.bin").read_bytes() == kept
     listed = capsys.readouterr().err
     assert listed.startswith("skipped ") and place in listed
     sidecar = json.loads((tmp_path / "out" / "c.json").read_text())
@@ -779,10 +791,12 @@ def test_first_bad_input_is_named_whatever_the_workers(
         file.write("bad\n" * 300)
     messages = set()
     for workers in (1, 2):
-        assert cli(tmp_path / "a.jsonl", "--output", tmp_path / "c", "--workers", workers) == 2
+        output = ("--output", tmp_path / "c", "--force", "--workers", workers)
+        assert cli(tmp_path / "a.jsonl", *output) == 2
         messages.add(capsys.readouterr().err)
-    assert len(messages) == 1 and "line 101:" in messages.pop()
-    assert os.listdir(tmp_path) == ["a.jsonl"]
+    assert len(messages) == 1 and messages.pop().startswith("skipped ")
+    skipped = json.loads((tmp_path / "c.json").read_text())["skipped"]
+    assert skipped["count"] == 300 and "line 101:" in skipped["first"][0]
 
 
 def wrong(name: str) -> Callable[[Path], list[object]]:
@@ -842,6 +856,9 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "stdlib and more": (["a.txt", "--stdlib"], "--stdlib takes no other sources"),
     "empty suffix": (["a.txt", "--suffix", ""], "--suffix is empty"),
     "below a file": (["a.txt", "--output", "@/a.txt/c"], "cannot be written"),
+    "unwritable": (["a.txt", "--output", "/proc/c"], "/proc/c.bin.partial: cannot be written"),
+    "long name": (["a.txt", "--output", "@/" + "c" * 300], "written (File name too long)"),
+    "long source": (["x" * 300 + ".txt"], "does not exist or cannot be reached"),
     "a folder": (["a.txt", "--output", "@/empty"], "is a folder"),
     "verify otherwise": (["a.txt", "--verify", "x", "--no-eod"], "--no-eod: --verify takes it"),
     "two tasks": (["a.txt", "--verify", "x"], "either --output PREFIX or --verify"),

@@ -14,13 +14,14 @@ The corpus is the same to the byte for any number of workers. Memory does not gr
 4 bytes a document: each worker has three blocks of 1 MiB under way (or one document, line or
 parquet column chunk, where that is longer; plain text at byte level is cut, however long).
 
-A pair appears whole or not at all. Bad input ends with one sentence and exit code 2; with
-``--skip-bad`` what cannot be read is left out and listed.
+A pair appears whole or not at all. A file, line or row that cannot be read is named and left out;
+the rest is kept, and the exit code is 2 unless ``--skip-bad`` says that this will do.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -77,7 +78,7 @@ def parser() -> Parser:
     add("--no-eod", action="store_true", help="append no end-of-document id")
     add("--dtype", default="auto", choices=("auto", "uint16", "int32"))
     add("--workers", type=int, help="processes (default: 1 for bytes, else one for each CPU)")
-    add("--skip-bad", action="store_true", help="leave out what cannot be read, and list it")
+    add("--skip-bad", action="store_true", help="exit with 0 though input was left out")
     add("--force", action="store_true", help="overwrite an existing pair")
     add("--quiet", action="store_true", help="no progress bar, no summary")
     return parser
@@ -104,7 +105,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if any(not suffix.strip(".") for suffix in arguments.suffix):
         raise CorpusError("--suffix is empty")
     prefix = arguments.output if arguments.verify is None else arguments.verify
-    if not Path(prefix).name or prefix.endswith("/") or Path(prefix).is_dir():
+    if not Path(prefix).name or prefix.endswith("/") or os.path.isdir(prefix):
         raise CorpusError(f"{prefix!r} is a folder; give a PREFIX such as {prefix or '.'}/corpus")
 
 
@@ -131,14 +132,13 @@ def options_of(arguments: argparse.Namespace) -> Options:
         append_eod=not arguments.no_eod,
         dtype=arguments.dtype,
         workers=arguments.workers or 0,
-        skip_bad=arguments.skip_bad,
         force=arguments.force,
         quiet=arguments.quiet,
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Do what the command line asks for; CorpusError if it cannot be done."""
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line asks for; the exit code. CorpusError if it cannot be done."""
     check_arguments(arguments)
     start = time.perf_counter()
     if arguments.verify is not None:
@@ -148,7 +148,7 @@ def run(arguments: argparse.Namespace) -> None:
         sidecar = verify(arguments.verify, corpus, moved, arguments.workers or 0, arguments.quiet)
         if not arguments.quiet:
             print(f"{arguments.verify} is sound: {summary(sidecar)}")
-        return
+        return 0
     options = options_of(arguments)
     sidecar = prepare(requested_corpus(arguments, options.reading), arguments.output, options)
     report_skipped(sidecar["skipped"])
@@ -156,6 +156,14 @@ def run(arguments: argparse.Namespace) -> None:
         seconds = time.perf_counter() - start
         rate = f"{seconds:.1f} s, {sidecar['tokens'] / seconds:,.0f} tokens/s"
         print(f"{arguments.output}: {summary(sidecar)}; {rate}")
+    if sidecar["skipped"]["count"] and not arguments.skip_bad:
+        print(
+            f"prepare_data.py: {arguments.output} is without what was skipped above; mend it and "
+            "use --force, or accept it with --skip-bad",
+            file=sys.stderr,
+        )
+        return 2
+    return 0
 
 
 def summary(sidecar: dict[str, Any]) -> str:
@@ -163,7 +171,7 @@ def summary(sidecar: dict[str, Any]) -> str:
     return (
         f"{sidecar['documents']:,} documents, {sidecar['tokens']:,} tokens ({sidecar['dtype']}), "
         f"vocabulary {sidecar['vocab_size']:,}, unigram entropy "
-        f"{sidecar['unigram_entropy_nats']:.4f} nats a token"
+        f"{sidecar['unigram_entropy']:.4f} nats a token"
     )
 
 
@@ -190,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, a shell's background job
             signal.signal(number, interrupt)
     try:
-        run(arguments)
+        return run(arguments)
     except CorpusError as error:
         print(f"prepare_data.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -198,7 +206,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = signal.Signals(error.args[0]).name
         print(f"prepare_data.py: stopped by {name}; no unfinished pair is left", file=sys.stderr)
         return 128 + error.args[0]
-    return 0
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def json_text(line: bytes, key: str) -> bytes:
 def drop_non_utf8(documents: Documents, name_line: bool) -> None:
     """Move documents that are not UTF-8 to the bad ones, naming the line if the place does not."""
     kept = Documents()
-    for text, place in zip(documents.texts, documents.places):
+    for text, place in zip(documents.texts, documents.places, strict=True):
         try:
             text.decode()
         except UnicodeDecodeError as error:
@@ -227,10 +227,16 @@ def start_worker(target: Target) -> None:
     """Load the encoder, leave Ctrl-C to the parent, and end when the parent does."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _worker = (load(target.spec), target)
+
+
+def end_with_parent() -> None:
+    """End this process when its parent is gone; killed, it cannot tell its workers."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    _worker = (load(target.spec), target)
+    parent.join()
+    os._exit(1)
 
 
 def work(block: Block) -> Encoded:

@@ -131,7 +131,7 @@ def encoder_spec(tokenizer: str, pattern: str = "", eod_token: str = "") -> Enco
 def encoder_path(tokenizer: str) -> str:
     """The file of a tokenizer that is named by its file or by the folder around it."""
     path = Path(tokenizer)
-    return str(path / "tokenizer.json" if path.is_dir() else path)
+    return str(path / "tokenizer.json" if os.path.isdir(path) else path)
 
 
 def load(spec: EncoderSpec) -> Encoder:

@@ -42,7 +42,7 @@ from tools.corpus import CorpusError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+DTYPES: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 SUFFIXES = (".bin", ".idx", ".json")
 #: What the sidecar's "format" says; a later layout takes another number.
 SIDECAR_FORMAT = "mhc-megatron corpus 1"
@@ -167,7 +167,7 @@ class PairWriter:
 
 def rename_all(partials: tuple[Path, ...], finals: tuple[Path, ...]) -> None:
     """Give every file its name, or, if the system refuses one, none of them."""
-    for done, (partial, final) in enumerate(zip(partials, finals)):
+    for done, (partial, final) in enumerate(zip(partials, finals, strict=True)):
         try:
             os.replace(partial, final)
         except OSError:
@@ -178,11 +178,11 @@ def rename_all(partials: tuple[Path, ...], finals: tuple[Path, ...]) -> None:
 
 def refuse_overwrite(finals: tuple[Path, ...], force: bool) -> None:
     """Raise CorpusError where writing would take away a file the user has."""
-    there = [path for path in finals if path.exists() or path.is_symlink()]
+    there = [path for path in finals if os.path.lexists(path)]
     if there and not force:
         raise CorpusError(f"{there[0]} exists; --force overwrites it")
     for path in there:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise CorpusError(f"{path} is not a regular file and is left alone")
     if finals[2] in there and not is_sidecar(finals[2]):
         raise CorpusError(f"{finals[2]} was not written by this tool and is left alone")
@@ -321,21 +321,17 @@ def read_pair(prefix: str | Path) -> Pair:
     if raw.size != expected:
         what = "is truncated" if raw.size < expected else "is too long"
         raise CorpusError(f"{idx_path} {what}: {raw.size} bytes, its header says {expected}")
-    lengths, pointers, documents = (
-        raw[start : start + count * np.dtype(kind).itemsize].view(kind)
-        for start, count, kind in (
-            (HEADER.size, sequences, "<i4"),
-            (HEADER.size + 4 * sequences, sequences, "<i8"),
-            (HEADER.size + 12 * sequences, boundaries, "<i8"),
-        )
-    )
-    check_index(idx_path, lengths, pointers, documents, DTYPES[code])
-    size = int(lengths.sum(dtype=np.int64)) * DTYPES[code].itemsize
+    dtype = DTYPES[int(code)]
+    body = raw[HEADER.size :]
+    lengths = body[: 4 * sequences].view("<i4")
+    pointers = body[4 * sequences : 12 * sequences].view("<i8")
+    check_index(idx_path, lengths, pointers, body[12 * sequences :].view("<i8"), dtype)
+    size = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
     found = file_size(bin_path)
     if found != size:
         what = "is truncated" if found < size else "is too long"
         raise CorpusError(f"{bin_path} {what}: {found} bytes, its index says {size}")
-    return Pair(open_map(bin_path, DTYPES[code]), lengths)
+    return Pair(open_map(bin_path, dtype), lengths)
 
 
 def check_index(
@@ -420,7 +416,7 @@ def check_pair(prefix: str | Path) -> dict[str, Any]:
             if hashlib.file_digest(file, "sha256").hexdigest() != checksums.get(key):
                 raise CorpusError(f"{path} was altered: its checksum is not the one in {json_path}")
     # Not to the bit: the logarithm's last digit depends on the machine.
-    if abs(entropy(counts) - sidecar["unigram_entropy_nats"]) > 1e-9:
+    if abs(entropy(counts) - sidecar["unigram_entropy"]) > 1e-9:
         raise CorpusError(f"{json_path} states an entropy that is not that of the tokens")
     return sidecar
 

@@ -44,7 +44,6 @@ class Options:
         append_eod: end every document with the encoder's end-of-document id.
         dtype: "auto" (Megatron's rule for the vocabulary), "uint16" or "int32".
         workers: processes; 0 takes one at byte level, else one for each CPU.
-        skip_bad: leave out what cannot be read, instead of refusing the corpus.
         force: overwrite a pair that exists.
         quiet: no progress bar.
     """
@@ -54,7 +53,6 @@ class Options:
     append_eod: bool = True
     dtype: str = "auto"
     workers: int = 0
-    skip_bad: bool = False
     force: bool = False
     quiet: bool = True
 
@@ -79,11 +77,10 @@ class Tally:
     def by_source(self, corpus: Corpus) -> list[dict[str, Any]]:
         """The sidecar's summary of the sources."""
         files = np.bincount([file.source for file in corpus.files], minlength=len(corpus.sources))
+        counts = (corpus.sources, files.tolist(), self.documents.tolist(), self.tokens.tolist())
         return [
             {"name": name, "files": f, "documents": d, "tokens": t}
-            for name, f, d, t in zip(
-                corpus.sources, files.tolist(), self.documents.tolist(), self.tokens.tolist()
-            )
+            for name, f, d, t in zip(*counts, strict=True)
         ]
 
 
@@ -139,6 +136,8 @@ def stdlib_corpus(with_tests: bool = False) -> Corpus:
 def prepare(corpus: Corpus, prefix: str, options: Options = Options()) -> dict[str, Any]:
     """Make PREFIX.bin, PREFIX.idx and PREFIX.json; returns the contents of the last.
 
+    A file, line or row that cannot be read is left out and named in ``skipped``.
+
     Raises:
         CorpusError: why there is no pair. Nothing is written and nothing overwritten then.
     """
@@ -161,9 +160,9 @@ def prepare(corpus: Corpus, prefix: str, options: Options = Options()) -> dict[s
             "documents": int(tally.documents.sum()),
             "tokens": int(tally.tokens.sum()),
             "dtype": dtype.name,
-            "unigram_entropy_nats": entropy(tally.counts),
+            "unigram_entropy": entropy(tally.counts),
             "tokenizer": {**asdict(options.spec), "sha256": options.spec.sha256()},
-            "reading": {**asdict(options.reading), "skip_bad": options.skip_bad},
+            "reading": asdict(options.reading),
             "sources": tally.by_source(corpus),
             "empty_documents": tally.empty,
             "skipped": {"count": len(tally.bad), "first": tally.bad[:RECORDED]},
@@ -204,22 +203,17 @@ def recorded_options(sidecar: dict[str, Any]) -> Options:
     """The options that a sidecar records."""
     spec = {key: value for key, value in sidecar["tokenizer"].items() if key != "sha256"}
     reading = dict(sidecar["reading"])
-    skip_bad = reading.pop("skip_bad")
     reading["suffixes"] = tuple(reading["suffixes"])
     return Options(
         spec=EncoderSpec(**spec),
         reading=Reading(**reading),
         append_eod=sidecar["append_eod"],
         dtype=sidecar["dtype"],
-        skip_bad=skip_bad,
     )
 
 
 def feed(corpus: Corpus, options: Options, encoder: Encoder, dtype: np.dtype, sink: Sink) -> Tally:
-    """Pass every document of a corpus to a sink, in order.
-
-    Raises CorpusError at the first input that cannot be read, unless it is to be skipped.
-    """
+    """Pass every document of a corpus to a sink, in order; what cannot be read is noted."""
     tally = Tally(
         documents=np.zeros(len(corpus.sources), np.int64),
         tokens=np.zeros(len(corpus.sources), np.int64),
@@ -232,7 +226,7 @@ def feed(corpus: Corpus, options: Options, encoder: Encoder, dtype: np.dtype, si
     is_silent = options.quiet or not sys.stderr.isatty()
     with tqdm(total=size, unit="B", unit_scale=True, disable=is_silent) as bar:
         for block in blocks:
-            tally.bad += note_bad(block, options.skip_bad)
+            tally.bad += [f"{place}: {reason}" for place, reason in block.bad]
             sink.add(block.tokens, block.lengths, block.goes_on, block.path)
             tally.add(block)
             if not is_silent:
@@ -240,11 +234,3 @@ def feed(corpus: Corpus, options: Options, encoder: Encoder, dtype: np.dtype, si
                 rate = tally.tokens.sum() / max(bar.format_dict["elapsed"], 1e-9)
                 bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
     return tally
-
-
-def note_bad(block: Encoded, skip_bad: bool) -> list[str]:
-    """The places of a block that were left out, with the reason; CorpusError unless allowed."""
-    bad = [f"{place}: {reason}" for place, reason in block.bad]
-    if bad and not skip_bad:
-        raise CorpusError(f"{bad[0]}; nothing was written (--skip-bad leaves such input out)")
-    return bad

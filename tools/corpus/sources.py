@@ -129,12 +129,12 @@ def list_files(sources: Sequence[str], reading: Reading) -> list[SourceFile]:
     files: list[SourceFile] = []
     for number, source in enumerate(sources):
         path = Path(source)
-        if path.is_dir():
+        if os.path.isdir(path):  # unlike Path.is_dir, no exception where the way is barred
             paths = folder_files(path, reading)
-        elif path.exists() or path.is_symlink():
+        elif os.path.lexists(path):
             paths = [source]
         else:
-            raise CorpusError(f"{source} does not exist")
+            raise CorpusError(f"{source} does not exist or cannot be reached")
         files += [describe(number, name, reading) for name in paths]
     if not any(file.size or file.error for file in files):
         raise CorpusError(f"the corpus is empty: every file of {', '.join(sources)} has 0 bytes")
@@ -182,8 +182,8 @@ def describe(source: int, path: str, reading: Reading) -> SourceFile:
         status = os.stat(path)
     except OSError as error:
         return SourceFile(source, path, form, compression, 0, error=error.strerror or str(error))
-    error = "" if S_ISREG(status.st_mode) else "not a regular file"
-    return SourceFile(source, path, form, compression, status.st_size, error)
+    refusal = "" if S_ISREG(status.st_mode) else "not a regular file"
+    return SourceFile(source, path, form, compression, status.st_size, refusal)
 
 
 def stdlib_files(with_tests: bool = False) -> list[SourceFile]:
