@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import socket
 import sys
@@ -29,12 +30,12 @@ LATENT = dict(
     qk_nope_head_dim=10,
     qk_rope_head_dim=6,
     v_head_dim=14,
-    n_routed_experts=6,
+    n_routed_experts=8,
     n_shared_experts=2,
     moe_intermediate_size=24,
-    num_experts_per_tok=3,
-    n_group=2,
-    topk_group=1,
+    num_experts_per_tok=4,
+    n_group=4,
+    topk_group=2,
     first_k_dense_replace=1,
     routed_scaling_factor=1.7,
 )
@@ -120,6 +121,8 @@ def _latent_attention_on_cpu() -> None:
 def megatron_args(folder: Path, mhc=None, **changes):
     """Megatron's parsed arguments for a converted checkpoint's model.yaml."""
     from launch import pretrain, settings
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.training.global_vars import destroy_global_vars
 
     from mhc_megatron import cpu
 
@@ -133,6 +136,7 @@ def megatron_args(folder: Path, mhc=None, **changes):
         "train-iters": 1,
         "lr": 1e-3,
         "mock-data": True,
+        "save-interval": 1,
         **pretrain._defaults(read),
         **read.megatron,
         **cpu.ARGUMENTS,
@@ -141,9 +145,12 @@ def megatron_args(folder: Path, mhc=None, **changes):
     values["max-position-embeddings"] = max(64, values["max-position-embeddings"])
     argv, sys.argv = sys.argv, sys.argv[:1]
     try:
-        args = pretrain._parse(values)
+        with contextlib.redirect_stdout(io.StringIO()):
+            args = pretrain._parse(values)
     finally:
         sys.argv = argv
+        destroy_global_vars()
+        destroy_num_microbatches_calculator()
     args.padded_vocab_size = args.vocab_size
     return args, mhc or read.mhc
 

@@ -119,9 +119,19 @@ def _latent_values(config: dict[str, Any]) -> dict[str, Any]:
     if dense < layers:
         shared = config["moe_intermediate_size"] * (config.get("n_shared_experts") or 0)
         values |= {**ROUTING, **_named(EXPERTS, config)}
+        _check_groups(config)
         values["moe-layer-freq"] = f"([0]*{dense}+[1]*{layers - dense})"
         values["moe-shared-expert-intermediate-size"] = shared or None
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _check_groups(config: dict[str, Any]) -> None:
+    """DeepSeek-V3 rates a group by its two best experts; Megatron by its topk / group_topk best."""
+    groups, topk = config["topk_group"], config["num_experts_per_tok"]
+    if config["n_group"] > 1 and topk != 2 * groups:
+        raise UserError(
+            f"num_experts_per_tok must be twice topk_group for Megatron, not {topk} and {groups}."
+        )
 
 
 def _named(table: dict[str, str], config: dict[str, Any]) -> dict[str, Any]:
