@@ -56,7 +56,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     mhc = MHCConfig(**(MHC | job.get("mhc", {})))
     tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
     torch.manual_seed(11)
-    ddp = {"grad_reduce_in_fp32": True, **layout.get("ddp", {}), **job.get("ddp", {})}
+    ddp = {"grad_reduce_in_fp32": True, **job.get("ddp", {}), **layout.get("ddp", {})}
     model = build(job["kind"], layout, mhc, ddp)
     if not job.get("load"):
         stir(model)
@@ -70,6 +70,10 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     first = job.get("first_step", 0)
     steps = [step(model, optimizer, s) for s in range(first, first + job.get("steps", 3))]
     if job.get("save"):
+        if ddp.get("overlap_param_gather"):
+            # As training/training.py does before it saves: the last step's parameters arrive.
+            for chunk in model:
+                chunk.disable_forward_pre_hook()
         save(job, model, optimizer)
     return {
         "loss": [loss for loss, _ in steps],
@@ -191,6 +195,7 @@ def save(job: dict[str, Any], model, optimizer) -> None:
         _sharded_state(job, model, optimizer),
         job["save"],
         async_sharded_save=job.get("asynchronous", False),
+        async_strategy="mcore",
         content_metadata=_metadata(job),
     )
     if request is not None:
