@@ -31,21 +31,11 @@ from mhc_megatron.connection import HyperConnection
 from mhc_megatron.optimizer import connection_overrides
 from mhc_megatron.streams import is_connection
 
-from tests.distributed.data import BATCH, SEQUENCE, VOCABULARY
+from tests.distributed.data import BATCH, OPTIMIZER, SEQUENCE, VOCABULARY
 from tests.distributed.models import build, initialize
 
 #: Large alpha and phi, so that a wrong H_res anywhere shows in the loss.
 MHC = {"variant": "mhc", "n": 4, "alpha": 0.5, "init_std": 0.1}
-
-OPTIMIZER = {
-    "optimizer": "adam",
-    "lr": 3e-3,
-    "min_lr": 3e-3,
-    "weight_decay": 0.1,
-    # Gradients that are nothing but rounding must not move a parameter by a whole step.
-    "adam_eps": 1e-5,
-    "clip_grad": 0.5,
-}
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
@@ -293,3 +283,32 @@ def _main_parameters(optimizer) -> dict[int, torch.Tensor]:
             ):
                 pairs += zip(group, mains, strict=True)
     return {id(parameter): main for parameter, main in pairs}
+
+
+# ------------------------------------------------------------------------------- parameter groups
+
+
+def groups(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name of a parameter -> its group's multipliers and the class of its optimizer."""
+    initialize(job["kind"], job["layout"])
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    mhc = MHCConfig(**(MHC | job.get("mhc", {})))
+    ddp = job.get("ddp", {})
+    model = build(job["kind"], job["layout"], mhc, ddp)
+    optimizer = make_optimizer(job, model, ddp, mhc)
+    names = {id(p): name for name, p in unwrap_model(model)[0].named_parameters()}
+    seen = {}
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        whole = getattr(part, "model_param_group_index_map", None)
+        for index, group in enumerate(part.param_groups):
+            members = group["params"]
+            if whole is not None:
+                # The distributed optimizer steps shards; this maps parameters to groups.
+                members = [p for p, (of, _) in whole.items() if of == index]
+            for parameter in members:
+                seen[names[id(parameter)]] = {
+                    "wd_mult": group["wd_mult"],
+                    "max_lr": group["max_lr"],
+                    "optimizer": type(part.optimizer).__name__,
+                }
+    return seen
