@@ -81,14 +81,15 @@ def sinkhorn(logits: Tensor, iterations: int = ITERATIONS) -> Tensor:
     """Eq. (9): M_0 = exp(logits), M_t = T_r(T_c(M_{t-1})): columns first, rows last.
 
     logits [..., n, n] -> [..., n, n] of the same dtype, positive, rows summing to one exactly (to
-    rounding) and columns to one up to the convergence of ``iterations`` steps. A common factor
-    of M_0 cancels in the first normalisation, so the largest logit is subtracted first: no
-    logit overflows.
+    rounding) and columns to one up to the convergence of ``iterations`` steps. A factor of a whole
+    column of M_0 cancels in the first normalisation, so each column's largest logit is subtracted:
+    nothing overflows. A row whose every entry underflows stays zero instead of becoming 0 / 0.
     """
-    m = torch.exp(logits - logits.amax(dim=(-2, -1), keepdim=True).detach())
+    m = torch.exp(logits - logits.amax(dim=-2, keepdim=True).detach())
+    tiny = torch.finfo(m.dtype).tiny
     for _ in range(iterations):
-        m = m / m.sum(dim=-2, keepdim=True)
-        m = m / m.sum(dim=-1, keepdim=True)
+        m = m / m.sum(dim=-2, keepdim=True).clamp_min(tiny)
+        m = m / m.sum(dim=-1, keepdim=True).clamp_min(tiny)
     return m
 
 
@@ -128,7 +129,7 @@ def coefficients(
     n, dtype = x.shape[-2], _wide(x).dtype
     sizes = [n, n, res_rows(n, variant)]
     alpha, bias = alpha.to(dtype), bias.to(dtype)
-    scale = torch.cat([a.expand(k) for a, k in zip(alpha, sizes)])
+    scale = torch.cat([a.expand(k) for a, k in zip(alpha, sizes, strict=False)])
     projected = project(x, phi, eps)
     if variant == "hc":
         projected = torch.tanh(projected)
@@ -188,7 +189,9 @@ def mhc_post(
     out = y.to(wide.dtype)
     if y_bias is not None:
         out = out + y_bias.to(wide.dtype)
-    mixed = wide if H_res is None else torch.einsum("...oi,...ic->...oc", H_res.to(wide.dtype), wide)
+    mixed = wide
+    if H_res is not None:
+        mixed = torch.einsum("...oi,...ic->...oc", H_res.to(wide.dtype), wide)
     return (mixed + H_post.to(wide.dtype).unsqueeze(-1) * out.unsqueeze(-2)).to(x.dtype)
 
 

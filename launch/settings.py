@@ -1,0 +1,248 @@
+"""A run's settings: a YAML file and ``--set`` changes -> Megatron's arguments and MHCConfig.
+
+The file's keys are Megatron's own argument names, as its command line has them (``num-layers: 4``;
+underscores do as well), plus two parts of ours: ``mhc:`` (MHCConfig) and ``run:`` (RunSettings).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from mhc_megatron.config import MHCConfig, nearest
+from mhc_megatron.errors import UserError
+from mhc_megatron.schedule import check_steps
+
+
+@dataclass
+class RunSettings:
+    """What belongs to neither Megatron nor the connections.
+
+    Attributes:
+        name: of the run, in its report; the configuration's file name by default.
+        dir: the run's folder: checkpoints, logs, TensorBoard events, metrics.jsonl.
+        stability_interval: steps between stability records; 0 for none.
+        gpus: GPUs that the parallel layout was chosen for; tools/plan.py's default, 0 where the
+            file does not say. A run may have any number that the layout divides.
+        lr_steps: the decay of the learning rate in steps, as ``mhc_megatron.schedule`` takes it:
+            ``{0.8: 0.316, 0.9: 0.1}``.
+    """
+
+    name: str = ""
+    dir: str = ""
+    stability_interval: int = 100
+    gpus: int = 0
+    lr_steps: dict[float, float] = field(default_factory=dict)
+
+
+@dataclass
+class Settings:
+    """Everything a run chooses."""
+
+    megatron: dict[str, Any] = field(default_factory=dict)
+    mhc: MHCConfig = field(default_factory=MHCConfig)
+    run: RunSettings = field(default_factory=RunSettings)
+
+
+def load(path: str, changes: Iterable[str] = ()) -> Settings:
+    """Read ``path`` and apply ``changes``, each ``key=value`` (``train-iters=200``, ``mhc.n=2``).
+
+    Raises:
+        UserError: unreadable or malformed file, unknown key, wrong value.
+    """
+    values = _read(path)
+    for change in changes:
+        _apply(values, change)
+    mhc, run = (values.pop(part, None) or {} for part in ("mhc", "run"))
+    for part, content in (("mhc", mhc), ("run", run)):
+        if not isinstance(content, Mapping):
+            raise UserError(f"{path}: {part} must hold keys and values, not {content!r}.")
+    if "seed" in values and "seed" not in mhc:
+        mhc = {**mhc, "seed": values["seed"]}
+    settings = Settings(values, MHCConfig.from_mapping(mhc), _run_settings(run))
+    settings.run.name = settings.run.name or os.path.splitext(os.path.basename(path))[0]
+    settings.run.dir = settings.run.dir or os.path.join("runs", settings.run.name)
+    return settings
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as f:
+            values = yaml.load(f, Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path} is not valid YAML{where}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values.")
+    return {str(key).replace("_", "-"): value for key, value in values.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice and reads ``1e-4`` as a number (YAML 1.2 does)."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise UserError(f"the key {key!r} is given twice (line {line}).")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def _apply(values: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set takes key=value, not {change!r}.")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {change}: the value is not valid YAML.") from error
+    part, dot, name = key.partition(".")
+    if dot and part in ("mhc", "run"):
+        values[part] = {**(values.get(part) or {}), name: value}
+        # Both spellings of a key are one key.
+        for other in (name.replace("-", "_"), name.replace("_", "-")):
+            if other != name:
+                values[part].pop(other, None)
+    else:
+        values[key.replace("_", "-")] = value
+
+
+def _run_settings(values: Mapping[str, Any]) -> RunSettings:
+    known = {name: type(value) for name, value in vars(RunSettings()).items()}
+    given = {str(key).replace("-", "_"): value for key, value in values.items()}
+    for key, value in given.items():
+        if key not in known:
+            raise UserError(f"run: unknown key {key!r}{nearest(key, list(known))}")
+        if type(value) is not known[key]:
+            raise UserError(f"run: {key} must be of type {known[key].__name__}, not {value!r}.")
+    settings = RunSettings(**given)
+    for key in ("stability_interval", "gpus"):
+        if getattr(settings, key) < 0:
+            raise UserError(f"run: {key} must not be negative.")
+    check_steps(settings.lr_steps)
+    return settings
+
+
+def parse(values: Mapping[str, Any]) -> argparse.Namespace:
+    """Megatron's own parsing and checks of ``values``.
+
+    The world size is the environment's (WORLD_SIZE). On a machine without a GPU,
+    ``mhc_megatron.cpu.enable()`` comes first.
+
+    Raises:
+        UserError: an unknown key, a wrong value, settings that contradict each other.
+    """
+    from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
+
+    # Megatron insists on one hardware queue where kernels must start in the order of their launch
+    # (tensor and context parallelism, before Blackwell), and on several where all-to-alls overlap.
+    overlap = values.get("overlap-moe-expert-parallel-comm")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32" if overlap else "1")
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
+    words = megatron_argv(values, parser)
+    saved, sys.argv = sys.argv, [sys.argv[0], *words]
+    try:
+        with megatron_errors():
+            return parse_and_validate_args()
+    finally:
+        sys.argv = saved
+
+
+def megatron_argv(values: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+    """The command line that says ``values``, for Megatron's parser.
+
+    A switch takes true or false under its own name (``no-bias-swiglu-fusion: true``) or under
+    what it switches (``bias-swiglu-fusion: false``). null leaves Megatron's default.
+
+    Raises:
+        UserError: a key that the parser does not know (the nearest known one is named), a value
+            of the wrong kind.
+    """
+    options = {option: action for action in parser._actions for option in action.option_strings}
+    by_dest = {}
+    for action in parser._actions:
+        by_dest.setdefault(action.dest.replace("_", "-"), []).append(action)
+    argv: list[str] = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        option = next((o for o in (f"--{key}", f"--{key.replace('-', '_')}") if o in options), None)
+        actions = [options[option]] if option else by_dest.get(key, [])
+        if not actions:
+            known = [o[2:] for o in options if o.startswith("--")]
+            raise UserError(f"unknown key {key!r}{nearest(key, known + ['mhc', 'run'])}")
+        argv += _argument(key, value, actions, option)
+    return argv
+
+
+def _argument(
+    key: str, value: Any, actions: list[argparse.Action], option: str | None
+) -> list[str]:
+    """Command-line words for one key."""
+    if isinstance(actions[0], argparse.BooleanOptionalAction):
+        _need_bool(key, value)
+        names = actions[0].option_strings
+        negative = [name for name in names if name.startswith("--no-")]
+        if option in negative:
+            value = not value
+        return [negative[0] if not value else next(n for n in names if n not in negative)]
+    if actions[0].nargs == 0:
+        _need_bool(key, value)
+        if option:
+            return [option] if value else []
+        switch = next((a for a in actions if a.const is value), None)
+        return [switch.option_strings[0]] if switch else []
+    option = option or actions[0].option_strings[0]
+    if isinstance(value, list | tuple):
+        return [option, *map(str, value)]
+    if isinstance(value, dict):
+        raise UserError(f"{key} takes a value, not keys and values.")
+    return [option, str(value)]
+
+
+def _need_bool(key: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise UserError(f"{key} is a switch: true or false, not {value!r}.")
+
+
+@contextlib.contextmanager
+def megatron_errors():
+    """Turn what Megatron's argument checks raise or print into one UserError."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            yield
+    except SystemExit as error:
+        said = errors.getvalue().strip().splitlines() or ["the arguments were refused"]
+        raise UserError(said[-1].partition("error: ")[2] or said[-1]) from error
+    except (AssertionError, ValueError, RuntimeError) as error:
+        said = str(error).strip() or _source_of(error)
+        raise UserError(f"contradictory settings: {said}") from error
+
+
+def _source_of(error: BaseException) -> str:
+    """The checked condition, for an assertion without a message."""
+    return traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__

@@ -1,0 +1,224 @@
+"""HyperConnection: the parameters of one sublayer's connection, its read and its write.
+
+One sublayer of a Megatron layer runs as ``norm -> attention or MLP -> bias-dropout-add``. The
+connection reads before the norm and takes the place of the bias-dropout-add::
+
+    u      = read(x)                          H_pre x
+    y      = sublayer(norm(u))                Megatron's, untouched
+    x_next = write(x, dropout(y + bias))      H_res x + H_post^T y
+
+H_post and H_res are functions of x too; they are made with u and wait in the connection between
+the two calls. Where the sublayer that follows is known (``followed_by``), its read is made together
+with the write, in one pass over memory (``mhc_post_pre``), and waits there for the x it belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+import mhc_kernels
+from mhc_kernels import reference
+from torch import Tensor, nn
+
+from mhc_megatron.config import MHCConfig
+from mhc_megatron.streams import keep_fp32, mark
+
+
+class Write(NamedTuple):
+    """What the write of a sublayer needs besides x: its output and its coefficients."""
+
+    y: Tensor
+    y_bias: Tensor | None
+    H_post: Tensor
+    H_res: Tensor | None
+
+
+class Read(NamedTuple):
+    """A read that was made ahead, and the streams [s, b, n*C] it belongs to."""
+
+    x: Tensor
+    u: Tensor
+    H_post: Tensor
+    H_res: Tensor | None
+
+
+class HyperConnection(nn.Module):
+    """Parameters phi [K, n*C], alpha [3 or 2], bias [K] (float32) of one sublayer, and F_pre, F_post.
+
+    Args:
+        mhc: the run's choices; ``mhc.enabled`` must hold.
+        hidden_size: C.
+        index: the sublayer's number in the whole model, from 0 (seeds phi; rotates ``static``).
+        name: unique in the model, for logs: ``3.attn``, ``3.mlp``, ``mtp0.attn``.
+        device: where the parameters are made.
+        sequence_parallel: the gradients of a tensor-parallel rank are partial sums over its part of
+            the sequence; Megatron adds them (``finalize_model_grads``) where this mark is set.
+        compute_dtype: dtype of u; the stream's own where None.
+    """
+
+    def __init__(
+        self,
+        mhc: MHCConfig,
+        hidden_size: int,
+        index: int,
+        name: str,
+        *,
+        device: torch.device,
+        sequence_parallel: bool = False,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.mhc, self.n, self.C, self.index, self.name = mhc, mhc.n, hidden_size, index, name
+        self.compute_dtype = compute_dtype
+        options = {"dtype": torch.float32, "device": device}
+        self.phi = nn.Parameter(torch.empty(mhc.K, mhc.n * hidden_size, **options))
+        self.alpha = nn.Parameter(torch.empty(mhc.alphas, **options))
+        self.bias = nn.Parameter(torch.empty(mhc.K, **options))
+        mark(self, sequence_parallel)
+        self.reset_parameters()
+        self._coefficients: tuple[Tensor, Tensor | None] | None = None
+        self._read_ahead: Read | None = None
+        self._following: tuple[HyperConnection, ...] = ()
+        #: Of the sublayer's norm, where layer_spec.recompute_norm drops its output.
+        self.norm_checkpoint: CheckpointWithoutOutput | None = None
+        #: Called with (self, H_res) at every read while set; stability.py sets it.
+        self.observer: Callable[[HyperConnection, Tensor | None], None] | None = None
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The initial values that ``MHCConfig`` describes; the same on every rank and layout."""
+        if self.phi.device.type == "meta":
+            return
+        digest = hashlib.sha256(f"{self.mhc.seed}/{self.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        self.phi.copy_(torch.empty(self.phi.shape).normal_(0, self.mhc.init_std, generator=generator))
+        self.alpha.fill_(self.mhc.alpha)
+        self.bias.copy_(initial_bias(self.mhc, self.index))
+
+    def followed_by(self, connection: HyperConnection) -> None:
+        """Make ``connection``'s read together with this write.
+
+        For two sublayers of one pipeline stage with nothing between them, neither of which is
+        recomputed without the other. (A tuple, so that it is not registered as a submodule.)
+        """
+        self._following = (connection,)
+
+    def forward(self, x: Tensor, before: Write | None = None) -> Tensor:
+        """The read: x [s, b, n*C] -> u [s, b, C]; keeps H_post, H_res for the write.
+
+        With ``before``, the write of the sublayer before comes first: x is that sublayer's, the
+        result is x_next [s, b, n*C], and u is kept for the read of it. Both go through ``forward``
+        so that the hooks which gather parameters (``overlap_param_gather``) run first.
+        """
+        if before is not None:
+            return self._write_and_read(x, before)
+        u, H_post, H_res = self._take_read_ahead(x) or self._ops.mhc_pre(
+            self._split(x), *self._parameters_of_read(), **self._options()
+        )
+        self._coefficients = H_post, H_res
+        if self.observer is not None:
+            self.observer(self, H_res)
+        return u if self.compute_dtype is None else u.to(self.compute_dtype)
+
+    def write(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        """In the place of Megatron's ``get_bias_dropout_add``: returns ``f((y, bias), x, p)``.
+
+        ``fused`` asks Megatron for its own fused kernel and has no meaning here.
+        """
+
+        def post(y_with_bias: tuple[Tensor, Tensor | None], x: Tensor, p: float) -> Tensor:
+            y, y_bias = y_with_bias
+            if self.norm_checkpoint is not None:
+                self.norm_checkpoint.discard_output_and_register_recompute(y)
+                self.norm_checkpoint = None
+            if training and p > 0:
+                y = F.dropout(y if y_bias is None else y + y_bias, p=p)
+                y_bias = None
+            write = Write(y.to(x.dtype), y_bias, *self._take_coefficients())
+            if self._following:
+                return self._following[0](x, before=write)
+            return self._ops.mhc_post(
+                self._split(x), write.y, write.H_post, write.H_res, y_bias=y_bias
+            ).flatten(-2)
+
+        return post
+
+    def _write_and_read(self, x: Tensor, before: Write) -> Tensor:
+        x_next, u, H_post, H_res = self._ops.mhc_post_pre(
+            self._split(x),
+            before.y,
+            before.H_post,
+            before.H_res,
+            *self._parameters_of_read(),
+            y_bias=before.y_bias,
+            **self._options(),
+        )
+        x_next = x_next.flatten(-2)
+        self._read_ahead = Read(x_next, u, H_post, H_res)
+        return x_next
+
+    def _take_read_ahead(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """The read that was made ahead, if it was made of ``x``.
+
+        Megatron may hand on another tensor object of the same memory (``make_viewless_tensor``). The
+        memory cannot have become another tensor's: the read ahead holds it.
+        """
+        ahead, self._read_ahead = self._read_ahead, None
+        if ahead is None or ahead.x.data_ptr() != x.data_ptr() or ahead.x.shape != x.shape:
+            return None
+        return ahead.u, ahead.H_post, ahead.H_res
+
+    @property
+    def _ops(self):
+        return reference if self.mhc.kernels == "reference" else mhc_kernels
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n, self.C))
+
+    def _parameters_of_read(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.phi, self.alpha, self.bias
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "variant": self.mhc.variant,
+            "iterations": self.mhc.sinkhorn_iterations,
+            "eps": self.mhc.norm_eps,
+        }
+
+    def _take_coefficients(self) -> tuple[Tensor, Tensor | None]:
+        if self._coefficients is None:
+            raise RuntimeError(f"hyper-connection {self.name}: write without a read before it")
+        taken, self._coefficients = self._coefficients, None
+        return taken
+
+    def _apply(self, fn, recurse: bool = True):
+        return super()._apply(keep_fp32(fn), recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, {self.mhc.variant}, n={self.n}, C={self.C}"
+
+
+def initial_bias(mhc: MHCConfig, index: int) -> Tensor:
+    """b [K] before training, ``MHCConfig.init`` says what it means; float32."""
+    n = mhc.n
+    pre, post, res = torch.zeros(n), torch.zeros(n), torch.zeros(mhc.K - 2 * n)
+    if mhc.variant == "hc":
+        # No sigmoid and no Sinkhorn: b is the matrix itself (arXiv 2409.19606, Eq. 14).
+        pre[index % n], post[:], res = 1.0, 1.0, torch.eye(n).flatten()
+        return torch.cat([pre, post, res])
+    if mhc.init in ("identity", "static"):
+        if mhc.variant == "mhc":
+            res = mhc.identity_bias * torch.eye(n).flatten()
+        elif mhc.variant == "birkhoff":
+            # Softmax over n! permutations, the identity first: the same diagonal as Sinkhorn's.
+            res[0] = mhc.identity_bias + math.log(len(res) / n)
+    if mhc.init == "static":
+        pre[:] = -mhc.identity_bias / 2
+        pre[index % n] = mhc.identity_bias / 2
+    return torch.cat([pre, post, res])

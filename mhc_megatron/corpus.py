@@ -1,0 +1,93 @@
+"""Checks of an indexed corpus before a run reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+
+import numpy as np
+
+from mhc_megatron.errors import UserError
+
+#: core/datasets/indexed_dataset.py: magic, version; then dtype code, sequences, documents.
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+
+
+def check_corpus(prefix: str, *, sequence_length: int, vocab_size: int) -> None:
+    """That PREFIX.bin / PREFIX.idx are whole, hold a sequence, and fit the model's vocabulary.
+
+    Raises:
+        UserError: missing, truncated or not an index; fewer than ``sequence_length`` + 1 tokens; a
+            vocabulary (from PREFIX.json, where there is one) larger than ``vocab_size``.
+    """
+    bin_path, idx_path = prefix + ".bin", prefix + ".idx"
+    for path in (bin_path, idx_path):
+        if not os.path.isfile(path):
+            raise UserError(f"data-path: {path} does not exist; tools/prepare_data.py makes it.")
+    size, dtype = _index_size(idx_path)
+    if os.path.getsize(bin_path) != size * dtype.itemsize:
+        raise UserError(
+            f"data-path: {bin_path} has {os.path.getsize(bin_path):,} bytes where its index says "
+            f"{size * dtype.itemsize:,}; it is truncated or of another corpus."
+        )
+    if size < sequence_length + 1:
+        raise UserError(
+            f"data-path: {prefix} has {size:,} tokens, fewer than one sequence of "
+            f"{sequence_length:,} and its next token."
+        )
+    vocab = _vocab_size(prefix)
+    if vocab is not None and vocab > vocab_size:
+        raise UserError(
+            f"data-path: {prefix} was made with a vocabulary of {vocab:,}, larger than the "
+            f"model's {vocab_size:,}."
+        )
+
+
+def unigram_entropy(prefix: str) -> float | None:
+    """Nats a token of the corpus, from PREFIX.json; None where it does not say."""
+    value = _sidecar(prefix).get("unigram_entropy")
+    return float(value) if value is not None else None
+
+
+def _index_size(idx_path: str) -> tuple[int, np.dtype]:
+    """Tokens of an index, and their dtype; its own length is checked on the way."""
+    with open(idx_path, "rb") as f:
+        head = f.read(_HEADER.size)
+        if len(head) < _HEADER.size or not head.startswith(_MAGIC):
+            raise UserError(f"data-path: {idx_path} is truncated or is not an index.")
+        _, _, code, sequences, documents = _HEADER.unpack(head)
+        expected = _HEADER.size + sequences * (4 + 8) + documents * 8
+        actual = os.path.getsize(idx_path)
+        # Multimodal indices add a byte a sequence.
+        if code not in _DTYPES or actual not in (expected, expected + sequences):
+            raise UserError(
+                f"data-path: {idx_path} has {actual:,} bytes where its header says "
+                f"{expected:,}; it is truncated."
+            )
+        lengths = np.fromfile(f, dtype=np.int32, count=sequences)
+    return int(lengths.sum(dtype=np.int64)), np.dtype(_DTYPES[code])
+
+
+def _vocab_size(prefix: str) -> int | None:
+    value = _sidecar(prefix).get("vocab_size")
+    return int(value) if value is not None else None
+
+
+def _sidecar(prefix: str) -> dict:
+    try:
+        with open(prefix + ".json", encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,311 @@
+"""What is seen of a run: the live line, metrics.jsonl, TensorBoard, the stability record.
+
+Megatron's loop has no callbacks, so ``Observer.attach`` wraps six functions of
+``megatron.training.training`` (0.19.2) by name: ``train_step`` (line 2336), ``training_log``
+(2568), ``save_checkpoint_and_time`` (3030), ``train`` (3342), ``evaluate`` (4160) and
+``evaluate_and_print_results`` (4342). Each wrapper calls the original and only looks at what goes
+in and comes out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.training import get_args, get_timers
+from megatron.training import training as megatron_training
+from megatron.training.global_vars import get_signal_handler, get_tensorboard_writer
+from megatron.training.utils import is_last_rank
+
+from mhc_megatron.config import MHCConfig
+from mhc_megatron.connection import HyperConnection
+from mhc_megatron.corpus import unigram_entropy
+from mhc_megatron.hardware import peak_tflops
+from mhc_megatron.metrics import MetricsWriter
+from mhc_megatron.stability import Monitor
+
+
+class Observer:
+    """Watches one run. Only the last rank, which knows the loss, writes.
+
+    Args:
+        run_dir: metrics.jsonl is written there.
+        name: of the run, for the report.
+        mhc: the run's connections.
+        stability_interval: steps between stability records; 0 for none.
+        console: where the live line goes; None for nowhere.
+    """
+
+    def __init__(
+        self, run_dir: str, name: str, mhc: MHCConfig, stability_interval: int, console: TextIO | None
+    ) -> None:
+        self.run_dir, self.name, self.mhc = run_dir, name, mhc
+        self.stability_interval, self.console = stability_interval, console
+        self.metrics: MetricsWriter | None = None
+        self.monitor: Monitor | None = None
+        self.iteration = 0
+        self._losses: list[torch.Tensor] = []
+        self._remaining = _RemainingTime()
+        self._line_open = False
+        self._testing = False
+
+    def attach(self) -> None:
+        """Wrap Megatron's functions. Once a process."""
+        for name in (
+            "train",
+            "train_step",
+            "training_log",
+            "evaluate",
+            "evaluate_and_print_results",
+            "save_checkpoint_and_time",
+        ):
+            original = getattr(megatron_training, name)
+            setattr(megatron_training, name, functools.partial(getattr(self, f"_{name}"), original))
+
+    # ------------------------------------------------------------------- the wrapped functions
+
+    def _train(self, original: Callable, forward_step_func, model, *rest, **kwargs):
+        args = get_args()
+        self.iteration = args.iteration
+        if self.mhc.enabled and self.stability_interval:
+            self.monitor = Monitor(model)
+        counts = _count_parameters(model)
+        if is_last_rank():
+            self._start(*counts)
+        try:
+            result = original(forward_step_func, model, *rest, **kwargs)
+        except SystemExit:
+            self.exit(_exit_reason(args))
+            raise
+        return result
+
+    def _train_step(self, original: Callable, *rest, **kwargs):
+        step = kwargs.get("iteration", self.iteration) + 1
+        if self.monitor is None or step % self.stability_interval and step != 1:
+            return original(*rest, **kwargs)
+        with self.monitor:
+            result = original(*rest, **kwargs)
+        gains = self.monitor.gains(mpu.get_pipeline_model_parallel_group())
+        if self.metrics is not None and gains is not None:
+            seconds, self.monitor.seconds = self.monitor.seconds, 0.0
+            self.metrics.stability(
+                iteration=step,
+                consumed_tokens=self._tokens(step_done=False),
+                **dataclasses.asdict(gains),
+                seconds=seconds,
+            )
+            self._tensorboard_gains(step, gains)
+        return result
+
+    def _training_log(
+        self, original: Callable, loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs
+    ):
+        args = get_args()
+        self.iteration = iteration
+        if "lm loss" in loss_dict:
+            self._losses.append(loss_dict["lm loss"].detach().float().reshape(-1)[:1])
+        if self.metrics is not None and self._losses and iteration % args.log_interval == 0:
+            # ``rest`` goes on as loss_scale, report_memory_flag, skipped_iter, grad_norm, ...
+            self._log_step(args, iteration, learning_rate, grad_norm=rest[3])
+        return original(
+            loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs
+        )
+
+    def _evaluate(self, original: Callable, *rest, **kwargs):
+        result = original(*rest, **kwargs)
+        losses = (result[0] or {}).get("lm loss")
+        if self.metrics is not None and losses is not None and not self._testing:
+            value = float(losses)
+            self.metrics.valid(
+                iteration=self.iteration, consumed_tokens=self._tokens(), loss=value
+            )
+            self._print(f"iteration {self.iteration:>7,}   validation loss {value:.4f}")
+        return result
+
+    def _evaluate_and_print_results(self, original: Callable, prefix: str, *rest, **kwargs):
+        self._testing = prefix.endswith("test set")
+        return original(prefix, *rest, **kwargs)
+
+    def _save_checkpoint_and_time(self, original: Callable, iteration: int, *rest, **kwargs):
+        result = original(iteration, *rest, **kwargs)
+        if self.metrics is not None:
+            self.metrics.save(iteration=iteration, path=get_args().save)
+        return result
+
+    # ------------------------------------------------------------------------------ what is written
+
+    def _start(self, parameters: int, hc_parameters: int) -> None:
+        args = get_args()
+        cuda = torch.cuda.get_device_name()
+        self.peak = peak_tflops(cuda, fp8=bool(args.fp8))
+        self.metrics = MetricsWriter(os.path.join(self.run_dir, "metrics.jsonl"))
+        self.metrics.start(
+            name=self.name,
+            config=vars(args),
+            mhc=self.mhc.to_mapping(),
+            parameters=parameters,
+            hc_parameters=hc_parameters,
+            device=cuda,
+            peak_tflops=self.peak,
+            unigram_entropy=_entropy(args),
+            world_size=args.world_size,
+        )
+        if args.iteration:
+            self.metrics.resume(iteration=args.iteration, path=args.load)
+            self._print(f"resumed at iteration {args.iteration:,}")
+        extra = f", {hc_parameters:,} of them in hyper-connections" if hc_parameters else ""
+        self._print(f"{self.name}: {parameters:,} parameters{extra}; log in {self.run_dir}")
+
+    def _log_step(self, args, iteration: int, lr: float | None, grad_norm: float | None) -> None:
+        steps = len(self._losses)
+        loss = torch.cat(self._losses).mean().item()
+        self._losses.clear()
+        seconds = get_timers()("interval-time").elapsed(reset=False) / steps
+        batch = args.micro_batch_size * args.data_parallel_size * get_num_microbatches()
+        flops = megatron_training.num_floating_point_operations(args, batch)
+        tflops = flops / seconds / args.world_size / 1e12
+        known = self.peak is not None
+        self.metrics.train(
+            iteration=iteration,
+            consumed_tokens=self._tokens(),
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            step_time_s=seconds,
+            tokens_per_s=batch * args.seq_length / seconds,
+            tflops=tflops,
+            mfu=tflops / self.peak if known else None,
+            memory_gib=torch.cuda.max_memory_allocated() / 2**30 or None,
+        )
+        left = self._remaining(seconds, args.train_iters - iteration)
+        self._live(
+            f"iteration {iteration:>7,}/{args.train_iters:,}   loss {loss:7.4f}   "
+            f"grad norm {grad_norm or 0:7.3f}   {batch * args.seq_length / seconds:>11,.0f} tokens/s"
+            + (f"   MFU {tflops / self.peak:5.1%}" if known else "")
+            + f"   {left} left"
+        )
+
+    def _tensorboard_gains(self, step: int, gains) -> None:
+        writer = get_tensorboard_writer()
+        if writer is None:
+            return
+        for field in dataclasses.fields(gains):
+            values = getattr(gains, field.name)
+            if field.name.startswith("composite"):
+                writer.add_scalar(f"mhc/{field.name}", values[-1], step)
+            elif field.name != "sublayers":
+                worst = min(values) if field.name.endswith("_min") else max(values)
+                writer.add_scalar(f"mhc/{field.name}", worst, step)
+
+    def exit(self, reason: str = "complete") -> None:
+        """The last record of a run that ended in an orderly way."""
+        if self.metrics is not None:
+            self.metrics.exit(iteration=self.iteration, reason=reason)
+            if reason != "complete":
+                self._print(f"stopped at iteration {self.iteration:,}: {reason}")
+
+    def _tokens(self, step_done: bool = True) -> int:
+        args = get_args()
+        samples = args.consumed_train_samples
+        if not step_done:
+            samples += args.micro_batch_size * args.data_parallel_size * get_num_microbatches()
+        return samples * args.seq_length
+
+    def _live(self, line: str) -> None:
+        """A line that the next one replaces on a terminal; a line of its own in a file."""
+        if self.console is None:
+            return
+        if self.console.isatty():
+            self.console.write(f"\r\x1b[2K{line}")
+            self._line_open = True
+        else:
+            self.console.write(line + "\n")
+        self.console.flush()
+
+    def _print(self, line: str) -> None:
+        if self.console is not None:
+            self.console.write(("\n" if self._line_open else "") + line + "\n")
+            self.console.flush()
+        self._line_open = False
+
+
+class _RemainingTime:
+    """Time left, from a slowly moving mean of the step time."""
+
+    def __init__(self) -> None:
+        self._mean: float | None = None
+
+    def __call__(self, seconds: float, steps: int) -> str:
+        self._mean = seconds if self._mean is None else 0.8 * self._mean + 0.2 * seconds
+        total = math.ceil(self._mean * max(0, steps))
+        hours, rest = divmod(total, 3600)
+        return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def _exit_reason(args) -> str:
+    if args.exit_signal_handler and getattr(get_signal_handler(), "_signal_received", False):
+        return "signal"
+    return "time limit or exit interval"
+
+
+def _entropy(args) -> float | None:
+    """Unigram entropy of the corpus, where there is one and it says."""
+    paths = [path for path in args.data_path or [] if not _is_number(path)]
+    return unigram_entropy(paths[0]) if len(paths) == 1 else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _count_parameters(model: list[torch.nn.Module]) -> tuple[int, int]:
+    """Parameters of the whole model and of its connections; a collective call.
+
+    Counts what tensor- and expert-parallel ranks share once (Megatron's own marks), and a tied
+    embedding once.
+    """
+    own = [0, 0]
+    tp = mpu.get_tensor_model_parallel_rank()
+    for chunk in model:
+        connections = {
+            id(p) for m in chunk.modules() if isinstance(m, HyperConnection) for p in m.parameters()
+        }
+        for parameter in chunk.parameters():
+            expert = not getattr(parameter, "allreduce", True)
+            sharded = getattr(parameter, "tensor_model_parallel", False) or expert
+            if getattr(parameter, "shared", False) or (tp and not sharded):
+                continue
+            own[0] += parameter.numel()
+            own[1] += parameter.numel() * (id(parameter) in connections)
+    total = torch.tensor(own, dtype=torch.float64, device="cuda")
+    dist.all_reduce(total, group=mpu.get_model_parallel_group())
+    return int(total[0]), int(total[1])
+
+
+def redirect_output(path: str) -> TextIO:
+    """Send this process's standard output and error to ``path``; returns the old standard output.
+
+    Megatron prints some hundred lines before the first step; a terminal is for the live line.
+    """
+    console = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    sys.stdout.flush()
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.write(log, f"\n=== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n".encode())
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    os.close(log)
+    return console

@@ -1,0 +1,32 @@
+"""Fixtures that start Megatron-Core on the CPU inside the test process."""
+
+import os
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def megatron_cpu():
+    """Megatron-Core on one CPU 'device', one rank; undone when the module's tests are done."""
+    if torch.cuda.is_available():
+        pytest.skip("Megatron runs on the GPU here")
+    import torch.distributed as dist
+    from mhc_megatron import cpu
+
+    cpu.enable()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    torch.manual_seed(1)
+    model_parallel_cuda_manual_seed(1)
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    cpu.disable()

@@ -1,0 +1,138 @@
+"""MHCConfig and the settings of a run: what is accepted, and the sentence for what is not."""
+
+import argparse
+
+import pytest
+from launch import settings
+from mhc_megatron.config import MHCConfig
+from mhc_megatron.errors import UserError
+
+
+def test_round_trip():
+    config = MHCConfig(variant="birkhoff", n=2, alpha=0.1, exit="learned")
+    assert MHCConfig.from_mapping(config.to_mapping()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"varient": "mhc"}, "did you mean 'variant'"),
+        ({"variant": "mch"}, "variant must be one of"),
+        ({"n": 0}, "n must be at least 1, not 0"),
+        ({"n": 2.5}, "n must be of type int"),
+        ({"n": True}, "n must be of type int"),
+        ({"sinkhorn_iterations": 0}, "at least 1"),
+        ({"alpha": float("nan")}, "alpha must be finite"),
+        ({"variant": "birkhoff", "n": 8}, "n must be at most 4"),
+        ({"lr_mult": -1.0}, "lr_mult must not be negative"),
+        ({"exit": "median"}, "exit must be one of mean, learned"),
+    ],
+)
+def test_wrong_values_name_what_to_change(values, words):
+    with pytest.raises(UserError, match=words):
+        MHCConfig.from_mapping(values)
+
+
+def test_parameters_by_formula():
+    assert MHCConfig(variant="none").parameters(8, 192) == 0
+    assert MHCConfig(n=1).parameters(8, 192) == 0
+    assert MHCConfig().parameters(1, 10) == 24 * 40 + 24 + 3
+    assert MHCConfig(variant="identity").parameters(1, 10) == 8 * 40 + 8 + 2
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.yaml"
+
+    def write(text: str) -> str:
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_files_and_changes(config):
+    path = config("num_layers: 4\nlr: 1e-3\nseed: 7\nmhc:\n  n: 4\nrun:\n  name: a\n")
+    got = settings.load(path, ["num-layers=6", "mhc.n=2", "run.stability_interval=5", "lr=null"])
+    assert got.megatron == {"num-layers": 6, "lr": None, "seed": 7}
+    assert (got.mhc.n, got.mhc.seed, got.run.name) == (2, 7, "a")
+    assert got.run.dir == "runs/a" and got.run.stability_interval == 5
+
+
+def test_numbers_in_exponent_form(config):
+    assert settings.load(config("lr: 1e-3\neps: 1.e-20\n")).megatron == {"lr": 1e-3, "eps": 1e-20}
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "words"),
+    [
+        ("- a\n- b\n", [], "must hold keys and values"),
+        ("a: [1\n", [], "not valid YAML at line"),
+        ("lr: 1\nlr: 2\n", [], "given twice"),
+        ("mhc: 4\n", [], "mhc must hold keys and values"),
+        ("run:\n  nam: x\n", [], "did you mean 'name'"),
+        ("run:\n  stability-interval: often\n", [], "must be of type int"),
+        ("lr: 1\n", ["lr"], "takes key=value"),
+        ("lr: 1\n", ["mhc.streams=4"], "unknown key 'streams'"),
+    ],
+)
+def test_wrong_files(config, text, changes, words):
+    with pytest.raises(UserError, match=words):
+        settings.load(config(text), changes)
+
+
+def test_missing_file():
+    with pytest.raises(UserError, match="cannot read the configuration"):
+        settings.load("no/such.yaml")
+
+
+@pytest.fixture
+def parser():
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--num-layers", type=int)
+    parser.add_argument("--data-path", nargs="*")
+    parser.add_argument("--swiglu", action="store_true")
+    parser.add_argument("--no-bias-fusion", action="store_false", dest="bias_fusion")
+    parser.add_argument("--mmap", action=argparse.BooleanOptionalAction, default=True)
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("values", "argv"),
+    [
+        ({"num-layers": 4}, ["--num-layers", "4"]),
+        ({"data-path": [30, "a", 70, "b"]}, ["--data-path", "30", "a", "70", "b"]),
+        ({"swiglu": True}, ["--swiglu"]),
+        ({"swiglu": False}, []),
+        ({"no-bias-fusion": True}, ["--no-bias-fusion"]),
+        ({"bias-fusion": False}, ["--no-bias-fusion"]),
+        ({"bias-fusion": True}, []),
+        ({"mmap": False}, ["--no-mmap"]),
+        ({"no-mmap": True}, ["--no-mmap"]),
+        ({"mmap": True}, ["--mmap"]),
+        ({"num-layers": None}, []),
+    ],
+)
+def test_settings_to_command_line(parser, values, argv):
+    assert settings.megatron_argv(values, parser) == argv
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num-layer": 4}, "unknown key 'num-layer'; did you mean 'num-layers'"),
+        ({"swiglu": "yes please"}, "is a switch"),
+        ({"num-layers": {"a": 1}}, "takes a value"),
+    ],
+)
+def test_unknown_and_wrong_keys(parser, values, words):
+    with pytest.raises(UserError, match=words):
+        settings.megatron_argv(values, parser)
+
+
+def test_megatrons_refusals_become_one_sentence(parser):
+    with pytest.raises(UserError, match="invalid int value: 'many'"), settings.megatron_errors():
+        parser.parse_args(["--num-layers", "many"])
+    with pytest.raises(UserError, match="contradictory settings: a and b"):  # noqa: SIM117
+        with settings.megatron_errors():
+            raise AssertionError("a and b")
