@@ -15,8 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
@@ -31,18 +29,14 @@ def load_columns(ptr, rows, stride: gl.constexpr, count: gl.constexpr, mask):
 
 
 @gluon.jit
-def pieces(x, BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr, MMA: gl.constexpr):
+def pieces(x, BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr):
     """[BT, BC] as a tuple of [BT, WN, 4]: the elements of a row that one thread holds, one by one.
 
     In the matrix units' output four neighbouring lanes share a row and hold two adjacent columns of
-    every eight; warps side by side take turns (version 2) or BC / WN columns each (version 3).
-    Nothing moves.
+    every eight, and WN warps side by side take turns. Nothing moves.
     """
     groups: gl.constexpr = BC // (8 * WN)
-    if MMA == 3:
-        view = gl.reshape(x, [BT, WN, groups, 4, 2])
-    else:
-        view = gl.permute(gl.reshape(x, [BT, groups, WN, 4, 2]), [0, 2, 1, 3, 4])
+    view = gl.permute(gl.reshape(x, [BT, groups, WN, 4, 2]), [0, 2, 1, 3, 4])
     halves = gl.split(view)
     out = ()
     for h in gl.static_range(2):
@@ -91,19 +85,6 @@ def load_stage(
         tma.async_copy_global_to_shared(y_desc, [t0, c0], bar, y_tiles.index(2 * slot), pred)
     if HAS_G:
         tma.async_copy_global_to_shared(g_desc, [0, t0, c0], bar, g_tiles.index(slot), pred)
-
-
-@gluon.jit
-def phi_gradients(w_tiles, phi_tiles, slot, n: gl.constexpr, zero):
-    """w phi of every stream, started: high x high, low x high, high x low in bf16."""
-    out = ()
-    for o in gl.static_range(n):
-        high = phi_tiles.index(slot * 2 * n + o)
-        acc = warpgroup_mma(w_tiles.index(0), high, zero, use_acc=False, is_async=True)
-        acc = warpgroup_mma(w_tiles.index(1), high, acc, is_async=True)
-        low = phi_tiles.index(slot * 2 * n + n + o)
-        out = out + (warpgroup_mma(w_tiles.index(0), low, acc, is_async=True),)
-    return out
 
 
 @gluon.jit
@@ -169,18 +150,18 @@ def mix(x, y, H_res, H_post, o: gl.constexpr, n: gl.constexpr, RES: gl.constexpr
 @gluon.jit
 def add_coefficient_grads(
     d_post, d_res, G, x, y, n: gl.constexpr, BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr,
-    MMA: gl.constexpr, RES: gl.constexpr,
+    RES: gl.constexpr,
 ):  # fmt: skip
     """Adds G[o] . y and G[o] . x[i] of this block of channels, inside each thread."""
     count: gl.constexpr = BC // (4 * WN)
     post = ()
     res = ()
-    y_pieces = pieces(y, BT, BC, WN, MMA)
+    y_pieces = pieces(y, BT, BC, WN)
     x_pieces = ()
     for i in gl.static_range(n):
-        x_pieces = x_pieces + (pieces(x[i], BT, BC, WN, MMA),)
+        x_pieces = x_pieces + (pieces(x[i], BT, BC, WN),)
     for o in gl.static_range(n):
-        G_pieces = pieces(G[o], BT, BC, WN, MMA)
+        G_pieces = pieces(G[o], BT, BC, WN)
         post = post + (add_products(d_post[o], G_pieces, y_pieces, count),)
         if RES:
             for i in gl.static_range(n):
@@ -215,7 +196,6 @@ def boundary_grad_hopper_kernel(
     BT: gl.constexpr,
     BC: gl.constexpr,
     WN: gl.constexpr,
-    MMA: gl.constexpr,
     PRE: gl.constexpr,
     POST: gl.constexpr,
     RES: gl.constexpr,
@@ -230,8 +210,7 @@ def boundary_grad_hopper_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    shape: gl.constexpr = [16, BC // WN, 16] if MMA == 3 else [16, 8]
-    mma: gl.constexpr = gl.NVMMADistributedLayout([MMA, 0], [BT // 16, WN], shape)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [BT // 16, WN], [16, 8])
     row: gl.constexpr = gl.SliceLayout(1, mma)
     tile = gl.program_id(0)
     part = gl.program_id(1)
@@ -280,7 +259,7 @@ def boundary_grad_hopper_kernel(
         token = load_columns(token_ptr, rows, n + 4, n + 2, mask)
         token = token + (token[n] + token[n + 1],)
     zero = gl.full([BT, BC], 0.0, gl.float32, layout=mma)
-    empty = pieces(zero, BT, BC, WN, MMA)[0]
+    empty = pieces(zero, BT, BC, WN)[0]
     d_post = ()
     for _ in gl.static_range(n if POST else 0):
         d_post = d_post + (empty,)
@@ -292,18 +271,14 @@ def boundary_grad_hopper_kernel(
     w_low = zero
     if PRE:
         mbarrier.wait(w_bar, 0)
-        if MMA == 2:
-            w_high = w_tiles.index(0).load(left)
-            w_low = w_tiles.index(1).load(left)
+        w_high = w_tiles.index(0).load(left)
+        w_low = w_tiles.index(1).load(left)
 
     slot = 0
     phase = 0
     for chunk in range(first, last):
         c0 = chunk * BC
         mbarrier.wait(ready.index(slot), phase)
-        acc = ()
-        if PRE and MMA == 3:
-            acc = phi_gradients(w_tiles, phi_tile, slot, n, zero)
         x = ()
         for i in gl.static_range(n):
             x = x + (x_tile.index(slot * n + i).load(mma).to(gl.float32),)
@@ -326,14 +301,7 @@ def boundary_grad_hopper_kernel(
                 part_of_G += token[o][:, None] * du
             G = G + (part_of_G,)
         if PRE:
-            if MMA == 3:
-                acc = warpgroup_mma_wait(0, deps=acc)
-                total = ()
-                for o in gl.static_range(n):
-                    total = total + (acc[o] + G[o],)
-                G = total
-            else:
-                G = add_phi_gradients(G, w_high, w_low, phi_tile, slot, n, mma)
+            G = add_phi_gradients(G, w_high, w_low, phi_tile, slot, n, mma)
         for i in gl.static_range(n):
             dx = G[i]
             if POST and RES:
@@ -348,7 +316,7 @@ def boundary_grad_hopper_kernel(
             y_tiles.index(2 * slot + 1).store(dy.to(gl.bfloat16))
         fence_async_shared()
         if POST:
-            d_post, d_res = add_coefficient_grads(d_post, d_res, G, x, y, n, BT, BC, WN, MMA, RES)
+            d_post, d_res = add_coefficient_grads(d_post, d_res, G, x, y, n, BT, BC, WN, RES)
         gl.thread_barrier()
         tma.async_copy_shared_to_global(dx_desc, [0, t0, c0], g_tiles.index(slot))
         if POST:
@@ -399,7 +367,7 @@ def round_pairs(x):
 @gluon.jit
 def add_squares(total, out, BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr):
     """total + the squares of a tile, summed inside each thread."""
-    parts = pieces(out.to(gl.float32), BT, BC, WN, 3)
+    parts = pieces(out.to(gl.float32), BT, BC, WN)
     return add_products(total, parts, parts, BC // (4 * WN))
 
 
@@ -433,9 +401,10 @@ def post_project_hopper_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BT // 16, WN], [16, 2 * KP // WN, 16])
-    tile_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BT // 16, WN], [16, BC // WN, 16])
-    row: gl.constexpr = gl.SliceLayout(1, tile_layout)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [BT // 16, WN], [16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    row: gl.constexpr = gl.SliceLayout(1, mma)
     t0 = gl.program_id(0) * BT
     part = gl.program_id(1)
     first = part * per_part
@@ -465,7 +434,7 @@ def post_project_hopper_kernel(
         if RES:
             H_res = load_columns(H_res_ptr, rows, n * n, n * n, mask)
     acc = gl.full([BT, 2 * KP], 0.0, gl.float32, layout=mma)
-    squares = pieces(gl.full([BT, BC], 0.0, gl.float32, layout=tile_layout), BT, BC, WN, 3)[0]
+    squares = pieces(gl.full([BT, BC], 0.0, gl.float32, layout=mma), BT, BC, WN)[0]
 
     slot = 0
     phase = 0
@@ -473,9 +442,9 @@ def post_project_hopper_kernel(
         mbarrier.wait(ready.index(slot), phase)
         x = ()
         for i in gl.static_range(n):
-            x = x + (x_tile.index(slot * n + i).load(tile_layout),)
+            x = x + (x_tile.index(slot * n + i).load(mma),)
         if POST:
-            y = y_tiles.index(slot).load(tile_layout).to(gl.float32)
+            y = y_tiles.index(slot).load(mma).to(gl.float32)
             for o in gl.static_range(n):
                 out = H_post[o][:, None] * y
                 if RES:
@@ -494,10 +463,9 @@ def post_project_hopper_kernel(
         if POST:
             tma.async_copy_shared_to_global(x_next_desc, [0, t0, chunk * BC], x_tiles.index(slot))
         for o in gl.static_range(n):
-            phi = phi_tile.index(slot * n + o).permute((1, 0))
-            acc = warpgroup_mma(x_tile.index(slot * n + o), phi, acc, is_async=True)
-        # The stage of the step before is free: its products are done, x_next has left it.
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+            phi = phi_tile.index(slot * n + o).permute((1, 0)).load(right)
+            acc = mma_v2(x_tile.index(slot * n + o).load(left), phi, acc)
+        # The stage of the step before is free: all warps are past it, x_next has left it.
         if POST:
             tma.store_wait(1)
         free = slot + STAGES - 1

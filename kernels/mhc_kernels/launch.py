@@ -507,7 +507,6 @@ def _boundary_grad_hopper(
         BT=b.BT,
         BC=b.BC,
         WN=16 * b.warps // b.BT,
-        MMA=3 if b.BT % 64 == 0 else 2,
         PRE=logits is not None,
         POST=y is not None,
         RES=H_res is not None,
