@@ -72,7 +72,7 @@ def compile_call(call, arch: int) -> Usage:
     """Compiles a recorded call for sm_``arch``."""
     kernel, args, kwargs = call
     names = kernel.arg_names
-    values = dict(zip(names, args))
+    values = dict(zip(names, args, strict=False))
     options = {k: v for k, v in kwargs.items() if k not in names}
     values |= {k: v for k, v in kwargs.items() if k in names}
     constant = {p.name for p in kernel.params if p.is_constexpr}

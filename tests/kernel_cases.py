@@ -57,7 +57,8 @@ def make_inputs(case: Case, device: str) -> dict[str, Tensor]:
     for name in ("y0", "y1"):
         inputs[name] = normal(case.T, case.C).to(half)
     for name in ("0", "1"):
-        inputs["phi" + name] = normal(K, case.n * case.C, scale=2 / (case.n * case.C) ** 0.5).float()
+        scale = 2 / (case.n * case.C) ** 0.5
+        inputs["phi" + name] = normal(K, case.n * case.C, scale=scale).float()
         inputs["alpha" + name] = normal(A, scale=0.3).add(1).float()
         inputs["bias" + name] = normal(K).float()
     if case.norm:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ import torch
 triton = pytest.importorskip("triton")
 
 import kernel_cases  # noqa: E402
-import mhc_kernels  # noqa: E402
 from compile_kernels import Usage, compile_call, record  # noqa: E402
+
+import mhc_kernels  # noqa: E402
 from mhc_kernels import launch, reference, tuning  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -117,22 +119,20 @@ def test_compiles_other_cases(monkeypatch, n, variant, dtype, norm):
         check(compile_call(call, 90), 90, stack=128)
 
 
+def forward_launches(T: int) -> None:
+    """project and post of T tokens."""
+    x, y = torch.zeros(T, 4, 64, dtype=torch.bfloat16), torch.zeros(T, 64, dtype=torch.bfloat16)
+    H_post, H_res, phi = torch.zeros(T, 4), torch.zeros(T, 4, 4), torch.zeros(24, 256)
+    launch.post(launch.Plan(x), x, y, None, H_post, H_res)
+    launch.project(launch.Plan(x), x, y, None, H_post, H_res, phi, False)
+
+
 def test_a_new_T_compiles_nothing(monkeypatch):
     """Launch shapes are the same whatever T is: constants and options must not see it."""
     seen = []
     for T in (1, 16, 4096, 5000):
-        x = torch.zeros(T, 4, 64, dtype=torch.bfloat16)
-        y = torch.zeros(T, 64, dtype=torch.bfloat16)
-
-        def run():
-            launch.post(launch.Plan(x), x, y, None, torch.zeros(T, 4), torch.zeros(T, 4, 4))
-            phi = torch.zeros(24, 256)
-            launch.project(
-                launch.Plan(x), x, y, None, torch.zeros(T, 4), torch.zeros(T, 4, 4), phi, False
-            )
-
         with monkeypatch.context() as patch:
-            calls = record(patch, 90, run)
+            calls = record(patch, 90, partial(forward_launches, T))
         seen.append([(call[0].__name__, sorted(call[2].items())) for call in calls])
     assert all(constants == seen[0] for constants in seen)
 

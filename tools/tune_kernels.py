@@ -1,6 +1,6 @@
 """Measures launch shapes of the kernels on this GPU and writes the shipped table.
 
-    python tools/tune_kernels.py [--shapes 16384x2560,4096x1280] [--out kernels/mhc_kernels/tuned.json]
+    python tools/tune_kernels.py [--shapes 16384x2560,4096x1280] [--out tuned.json]
 
 Each candidate runs the backward (or forward) of one boundary as a CUDA graph with a cleared L2; the
 median of the repeats decides, summed over the shapes of one C. The table is printed last.
@@ -69,9 +69,13 @@ def boundary(T: int, C: int) -> dict:
         "project_hopper": project,
         "read": read,
         "read_grad": logits_grad,
-        "phi_grad": after_logits(lambda l: launch.phi_grad(plan(), projected[0], l, alpha)),
+        "phi_grad": after_logits(
+            lambda logits: launch.phi_grad(plan(), projected[0], logits, alpha)
+        ),
         "boundary_grad_hopper": after_logits(
-            lambda l: launch.boundary_grad(plan(), x, y, None, H_post, H_res, g, du, phi, None, l)
+            lambda logits: launch.boundary_grad(
+                plan(), x, y, None, H_post, H_res, g, du, phi, None, logits
+            )
         ),
         "post": lambda: launch.post(plan(), x, y, None, H_post, H_res),
     }

@@ -20,7 +20,7 @@ from .device import load_columns, sinkhorn_grad, sum_parts, tanh, wait_for_input
 
 @triton.jit
 def split_phi(phi_ptr, split_ptr, block, size, WIDTH: tl.constexpr):
-    """Block number ``block`` of phi (``size`` numbers, WIDTH a block): split [2, K, nC] = high, low."""
+    """Block ``block`` of phi (``size`` numbers, WIDTH a block): split [2, K, nC] = high, low."""
     at = block * WIDTH + tl.arange(0, WIDTH)
     phi = tl.load(phi_ptr + at, mask=at < size, other=0.0)
     high = phi.to(split_ptr.dtype.element_ty)
@@ -83,7 +83,7 @@ def write_logits_grad(
     RP: tl.constexpr, BT: tl.constexpr, VARIANT: tl.constexpr, ITERATIONS: tl.constexpr,
     HAS_DPOST: tl.constexpr, HAS_DRES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """dlogits of post and res of BT tokens, from dH_post and dH_res; needs nothing of this backward.
+    """dlogits of post and res of BT tokens, from dH_post and dH_res alone.
 
     Writes their columns of w (and zeros in its padding), their share of norm (token column n + 1)
     and row ``row_block`` of sums: the block's sums of dlogits and of dlogits * p.

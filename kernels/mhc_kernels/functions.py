@@ -196,10 +196,10 @@ def mhc_refill(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Streams and reads of a block of sublayers, from its first x and every sublayer's y.
 
-    x [..., n, C] enters the block. Sublayer l ends with ``mhc_post`` (y[l], H_post[l], H_res[l]) and
+    x [..., n, C] enters the block. Sublayer l ends with ``mhc_post`` (y[l], H_post[l], H_res[l]),
     the next one reads with H_pre[l] [..., n], the read weights of the streams after it. Returns
-    x_next[l] [..., n, C] and u[l] = H_pre[l] x_next[l] [..., C], the same to rounding (x_next to the
-    bit) as the forward's. No gradient: it refills what a forward dropped.
+    x_next[l] [..., n, C] and u[l] = H_pre[l] x_next[l] [..., C], the same to rounding (x_next to
+    the bit) as the forward's. No gradient: it refills what a forward dropped.
     """
     if not supported(x):
         return reference.mhc_refill(x, y, H_post, H_res, H_pre)

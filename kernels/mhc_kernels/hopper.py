@@ -169,40 +169,76 @@ def add_coefficient_grads(
     return post, res
 
 
+@gluon.jit
+def total_gradients(
+    x, y, du, g_tile, w_high, w_low, phi_tile, slot, H_post, H_res, token, zero,
+    n: gl.constexpr, mma: gl.constexpr, PRE: gl.constexpr, POST: gl.constexpr, RES: gl.constexpr,
+    HAS_G: gl.constexpr,
+):  # fmt: skip
+    """G of every stream; token = H_pre (n), the norm's two shares and their sum."""
+    G = ()
+    for o in gl.static_range(n):
+        part_of_G = zero
+        if HAS_G:
+            part_of_G = g_tile.index(slot * n + o).load(mma).to(gl.float32)
+        if PRE:
+            x_next = x[o]
+            if POST:
+                x_next = mix(x, y, H_res, H_post, o, n, RES)
+            part_of_G += token[n + 2][:, None] * x_next
+            part_of_G += token[o][:, None] * du
+        G = G + (part_of_G,)
+    if PRE:
+        G = add_phi_gradients(G, w_high, w_low, phi_tile, slot, n, mma)
+    return G
+
+
+@gluon.jit
+def write_gradients(
+    G, H_post, H_res, g_tile, y_tiles, slot, n: gl.constexpr, POST: gl.constexpr, RES: gl.constexpr
+):
+    """dx over the stage's g, dy over its du."""
+    for i in gl.static_range(n):
+        dx = G[i]
+        if POST and RES:
+            dx = H_res[i][:, None] * G[0]
+            for o in gl.static_range(1, n):
+                dx += H_res[o * n + i][:, None] * G[o]
+        g_tile.index(slot * n + i).store(dx.to(gl.bfloat16))
+    if POST:
+        dy = H_post[0][:, None] * G[0]
+        for o in gl.static_range(1, n):
+            dy += H_post[o][:, None] * G[o]
+        y_tiles.index(2 * slot + 1).store(dy.to(gl.bfloat16))
+
+
+@gluon.jit
+def load_coefficients(
+    H_post_ptr, H_res_ptr, token_ptr, rows, mask, n: gl.constexpr, PRE: gl.constexpr,
+    POST: gl.constexpr, RES: gl.constexpr,
+):  # fmt: skip
+    """H_post, H_res and token (with the sum of the norm's shares) of a tile, as tuples of [BT]."""
+    H_post = ()
+    H_res = ()
+    token = ()
+    if POST:
+        H_post = load_columns(H_post_ptr, rows, n, n, mask)
+        if RES:
+            H_res = load_columns(H_res_ptr, rows, n * n, n * n, mask)
+    if PRE:
+        token = load_columns(token_ptr, rows, n + 4, n + 2, mask)
+        token = token + (token[n] + token[n + 1],)
+    return H_post, H_res, token
+
+
 @gluon.jit(do_not_specialize=["T", "parts", "per_part"])
 def boundary_grad_hopper_kernel(
-    x_desc,
-    y_desc,
-    g_desc,
-    du_desc,
-    phi_desc,
-    w_desc,
-    dx_desc,
-    dy_desc,
-    H_post_ptr,
-    H_res_ptr,
-    token_ptr,
-    dH_post_ptr,
-    dH_res_ptr,
-    parts_ptr,
-    counter_ptr,
-    T,
-    parts,
-    per_part,
-    n: gl.constexpr,
-    C: gl.constexpr,
-    K: gl.constexpr,
-    KP: gl.constexpr,
-    BT: gl.constexpr,
-    BC: gl.constexpr,
-    WN: gl.constexpr,
-    PRE: gl.constexpr,
-    POST: gl.constexpr,
-    RES: gl.constexpr,
-    HAS_G: gl.constexpr,
-    STAGES: gl.constexpr,
-    PDL: gl.constexpr,
-):
+    x_desc, y_desc, g_desc, du_desc, phi_desc, w_desc, dx_desc, dy_desc, H_post_ptr, H_res_ptr,
+    token_ptr, dH_post_ptr, dH_res_ptr, parts_ptr, counter_ptr, T, parts, per_part,
+    n: gl.constexpr, C: gl.constexpr, K: gl.constexpr, KP: gl.constexpr, BT: gl.constexpr,
+    BC: gl.constexpr, WN: gl.constexpr, PRE: gl.constexpr, POST: gl.constexpr, RES: gl.constexpr,
+    HAS_G: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
     """A tile of BT tokens and a part of the channels, BC at a time; WN warps side by side in BC.
 
     PRE, POST: as in ``post_pre.boundary_grad_kernel``.
@@ -248,16 +284,9 @@ def boundary_grad_hopper_kernel(
 
     rows = (t0 + gl.arange(0, BT, layout=row)).to(gl.int64)
     mask = rows < T
-    H_post = ()
-    H_res = ()
-    token = ()
-    if POST:
-        H_post = load_columns(H_post_ptr, rows, n, n, mask)
-        if RES:
-            H_res = load_columns(H_res_ptr, rows, n * n, n * n, mask)
-    if PRE:
-        token = load_columns(token_ptr, rows, n + 4, n + 2, mask)
-        token = token + (token[n] + token[n + 1],)
+    H_post, H_res, token = load_coefficients(
+        H_post_ptr, H_res_ptr, token_ptr, rows, mask, n, PRE, POST, RES
+    )
     zero = gl.full([BT, BC], 0.0, gl.float32, layout=mma)
     empty = pieces(zero, BT, BC, WN)[0]
     d_post = ()
@@ -288,32 +317,11 @@ def boundary_grad_hopper_kernel(
             y = y_tiles.index(2 * slot).load(mma).to(gl.float32)
         if PRE:
             du = y_tiles.index(2 * slot + 1).load(mma).to(gl.float32)
-        G = ()
-        for o in gl.static_range(n):
-            part_of_G = zero
-            if HAS_G:
-                part_of_G = g_tile.index(slot * n + o).load(mma).to(gl.float32)
-            if PRE:
-                x_next = x[o]
-                if POST:
-                    x_next = mix(x, y, H_res, H_post, o, n, RES)
-                part_of_G += token[n + 2][:, None] * x_next
-                part_of_G += token[o][:, None] * du
-            G = G + (part_of_G,)
-        if PRE:
-            G = add_phi_gradients(G, w_high, w_low, phi_tile, slot, n, mma)
-        for i in gl.static_range(n):
-            dx = G[i]
-            if POST and RES:
-                dx = H_res[i][:, None] * G[0]
-                for o in gl.static_range(1, n):
-                    dx += H_res[o * n + i][:, None] * G[o]
-            g_tile.index(slot * n + i).store(dx.to(gl.bfloat16))
-        if POST:
-            dy = H_post[0][:, None] * G[0]
-            for o in gl.static_range(1, n):
-                dy += H_post[o][:, None] * G[o]
-            y_tiles.index(2 * slot + 1).store(dy.to(gl.bfloat16))
+        G = total_gradients(
+            x, y, du, g_tile, w_high, w_low, phi_tile, slot, H_post, H_res, token, zero,
+            n, mma, PRE, POST, RES, HAS_G,
+        )  # fmt: skip
+        write_gradients(G, H_post, H_res, g_tile, y_tiles, slot, n, POST, RES)
         fence_async_shared()
         if POST:
             d_post, d_res = add_coefficient_grads(d_post, d_res, G, x, y, n, BT, BC, WN, RES)
@@ -327,7 +335,8 @@ def boundary_grad_hopper_kernel(
         free = gl.where(free >= STAGES, free - STAGES, free)
         load_stage(
             chunk + STAGES - 1, free, chunk + STAGES - 1 < last, x_desc, y_desc, g_desc, du_desc,
-            phi_desc, ready, x_tiles, g_tiles, y_tiles, phi_tiles, t0, n, KP, BT, BC, PRE, POST, HAS_G,
+            phi_desc, ready, x_tiles, g_tiles, y_tiles, phi_tiles, t0,
+            n, KP, BT, BC, PRE, POST, HAS_G,
         )  # fmt: skip
         slot += 1
         phase = gl.where(slot == STAGES, phase ^ 1, phase)
@@ -373,27 +382,11 @@ def add_squares(total, out, BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr
 
 @gluon.jit(do_not_specialize=["T", "per_part"])
 def post_project_hopper_kernel(
-    x_desc,
-    y_desc,
-    x_next_desc,
-    phi_desc,
-    H_post_ptr,
-    H_res_ptr,
-    projected_ptr,
-    gram_ptr,
-    T,
-    per_part,
-    n: gl.constexpr,
-    C: gl.constexpr,
-    KP: gl.constexpr,
-    BT: gl.constexpr,
-    BC: gl.constexpr,
-    WN: gl.constexpr,
-    POST: gl.constexpr,
-    RES: gl.constexpr,
-    STAGES: gl.constexpr,
-    PDL: gl.constexpr,
-):
+    x_desc, y_desc, x_next_desc, phi_desc, H_post_ptr, H_res_ptr, projected_ptr, gram_ptr, T,
+    per_part, n: gl.constexpr, C: gl.constexpr, KP: gl.constexpr, BT: gl.constexpr,
+    BC: gl.constexpr, WN: gl.constexpr, POST: gl.constexpr, RES: gl.constexpr,
+    STAGES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
     """``post_pre.post_project_kernel`` for a tile of BT tokens and a part of the channels.
 
     x_next is written over x in shared memory, from where it is both stored and multiplied.

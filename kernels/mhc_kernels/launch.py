@@ -7,7 +7,7 @@ stream, each in a fixed order of sums: two runs agree bit for bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -34,7 +34,7 @@ FINISHERS = 32
 REFILL_LAYERS = 8
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device(index: int | None) -> tuple[int, int]:
     """(architecture as in sm90, multiprocessors); the interpreter counts as a small Hopper."""
     if INTERPRETED or index is None:
@@ -43,7 +43,7 @@ def _device(index: int | None) -> tuple[int, int]:
     return 10 * major + minor, torch.cuda.get_device_properties(index).multi_processor_count
 
 
-@lru_cache(maxsize=None)
+@cache
 def _permutation_table(n: int, device: torch.device) -> Tensor:
     return permutations(n, device, torch.float32).reshape(-1, n * n).contiguous()
 
@@ -113,7 +113,7 @@ class Plan:
         n, C, K = self.n, self.C, self.K
         half, stream = (2, K * n * C), (n, C)
         outer = (stream, half) if streams_first else (half, stream)
-        shape, strides = zip(*outer, (K, n * C), (C, 1))
+        shape, strides = zip(*outer, (K, n * C), (C, 1), strict=True)
         block = [outer[0][0], outer[1][0], self.KP, b.BC]
         return HopperDescriptor(
             split, list(shape), list(strides), block, NVMMASharedLayout(2 * b.BC, 16, 4)

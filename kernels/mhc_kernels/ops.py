@@ -6,11 +6,10 @@ the parameters are float32 numbers per token: the projection p (K), 1 / rms, wit
 products of streams (n(n+1)/2), and the H_post and H_res that the caller holds anyway: 180 bytes at
 n = 4. x_next is the next sublayer's x, kept once.
 
-The ops take flat operands (x [T, n, C], y [T, C], contiguous, float32 parameters); an identity H_res
-is an empty tensor on the way out and None on the way in. ``mhc_kernels.functions`` is the interface.
+The ops take flat operands (x [T, n, C], y [T, C], contiguous, float32 parameters); an identity
+H_res is an empty tensor on the way out and None on the way in. ``functions`` is the interface.
 """
 
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from .launch import Plan
 Names = ("variant", "iterations", "eps", "norm_eps")
 
 
-def _ready(t: Optional[Tensor]) -> Optional[Tensor]:
+def _ready(t: Tensor | None) -> Tensor | None:
     """Contiguous and at a 16-byte boundary, as tile descriptors need it."""
     if t is None:
         return None
@@ -43,7 +42,7 @@ def _pre_outputs(x: Tensor, variant: str, norm: bool) -> tuple[Tensor, ...]:
 
 @torch.library.custom_op("mhc_kernels::pre", mutates_args=())
 def pre_op(
-    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, norm_weight: Optional[Tensor],
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, norm_weight: Tensor | None,
     variant: str, iterations: int, eps: float, norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """u, H_post, H_res, p, 1 / rms, products of streams."""
@@ -51,8 +50,12 @@ def pre_op(
         return _pre_outputs(x, variant, norm_weight is not None)
     s, x = Plan(x, variant), _ready(x)
     with torch.cuda.device_of(x):
-        _, projected, gram = launch.project(s, x, None, None, None, None, _ready(phi), norm_weight is not None)
-        return launch.read(s, x, projected, gram, alpha, bias, norm_weight, iterations, eps, norm_eps)
+        _, projected, gram = launch.project(
+            s, x, None, None, None, None, _ready(phi), norm_weight is not None
+        )
+        return launch.read(
+            s, x, projected, gram, alpha, bias, norm_weight, iterations, eps, norm_eps
+        )
 
 
 @pre_op.register_fake
@@ -62,8 +65,8 @@ def _(x, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps):
 
 @torch.library.custom_op("mhc_kernels::post_pre", mutates_args=())
 def post_pre_op(
-    x: Tensor, y: Tensor, y_bias: Optional[Tensor], H_post: Tensor, H_res: Optional[Tensor],
-    phi: Tensor, alpha: Tensor, bias: Tensor, norm_weight: Optional[Tensor],
+    x: Tensor, y: Tensor, y_bias: Tensor | None, H_post: Tensor, H_res: Tensor | None,
+    phi: Tensor, alpha: Tensor, bias: Tensor, norm_weight: Tensor | None,
     variant: str, iterations: int, eps: float, norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """x_next, then what ``pre_op`` returns for it."""
@@ -80,13 +83,15 @@ def post_pre_op(
 
 
 @post_pre_op.register_fake
-def _(x, y, y_bias, H_post, H_res, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps):
+def _(
+    x, y, y_bias, H_post, H_res, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps
+):  # fmt: skip
     return (torch.empty_like(x), *_pre_outputs(x, variant, norm_weight is not None))
 
 
 @torch.library.custom_op("mhc_kernels::post", mutates_args=())
 def post_op(
-    x: Tensor, y: Tensor, y_bias: Optional[Tensor], H_post: Tensor, H_res: Optional[Tensor]
+    x: Tensor, y: Tensor, y_bias: Tensor | None, H_post: Tensor, H_res: Tensor | None
 ) -> Tensor:
     """x_next."""
     if x.numel() == 0:
@@ -103,10 +108,10 @@ def _(x, y, y_bias, H_post, H_res):
 
 @torch.library.custom_op("mhc_kernels::boundary_backward", mutates_args=())
 def boundary_backward_op(
-    x: Tensor, y: Optional[Tensor], y_bias: Optional[Tensor], H_post: Optional[Tensor],
-    H_res: Optional[Tensor], x_next: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
-    norm_weight: Optional[Tensor], p: Tensor, inverse_rms: Tensor, gram: Tensor,
-    g: Optional[Tensor], du: Tensor, dH_post: Optional[Tensor], dH_res: Optional[Tensor],
+    x: Tensor, y: Tensor | None, y_bias: Tensor | None, H_post: Tensor | None,
+    H_res: Tensor | None, x_next: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    norm_weight: Tensor | None, p: Tensor, inverse_rms: Tensor, gram: Tensor,
+    g: Tensor | None, du: Tensor, dH_post: Tensor | None, dH_res: Tensor | None,
     variant: str, iterations: int, norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, y, H_post, H_res, phi, alpha, bias, norm_weight; empty where there is none.
@@ -122,7 +127,9 @@ def boundary_backward_op(
             iterations, norm_eps,
         )  # fmt: skip
         parameters = launch.phi_grad(s, x_next, logits, alpha)
-        streams = launch.boundary_grad(s, x, y, y_bias, H_post, H_res, g, du, phi, norm_weight, logits)
+        streams = launch.boundary_grad(
+            s, x, y, y_bias, H_post, H_res, g, du, phi, norm_weight, logits
+        )
         dnorm = None
         if norm_weight is not None:
             dnorm = launch.norm_weight_grad(s, x_next, du, logits.token, norm_weight)
@@ -145,7 +152,7 @@ def _(
 
 @torch.library.custom_op("mhc_kernels::post_backward", mutates_args=())
 def post_backward_op(
-    x: Tensor, y: Tensor, y_bias: Optional[Tensor], H_post: Tensor, H_res: Optional[Tensor], g: Tensor
+    x: Tensor, y: Tensor, y_bias: Tensor | None, H_post: Tensor, H_res: Tensor | None, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, y, H_post, H_res (empty for the identity)."""
     s = Plan(x)
@@ -179,7 +186,7 @@ def _(x, y, H_post, H_res, H_pre):
     return [torch.empty_like(x) for _ in y] + [torch.empty_like(t) for t in y]
 
 
-def _bias_grad(dy: Tensor, y_bias: Optional[Tensor]) -> Optional[Tensor]:
+def _bias_grad(dy: Tensor, y_bias: Tensor | None) -> Tensor | None:
     return None if y_bias is None else dy.sum(0, dtype=torch.float32).to(y_bias.dtype)
 
 
@@ -208,13 +215,12 @@ def _pre_gradients(ctx, g, du, dH_post, dH_res):
 
 
 def _post_pre_context(ctx, inputs, output) -> None:
-    x, y, y_bias, H_post, H_res, phi, alpha, bias, norm_weight, variant, iterations, _, norm_eps = inputs
+    streams, parameters, options = inputs[:5], inputs[5:9], inputs[9:]
+    variant, iterations, _, norm_eps = options
     ctx.set_materialize_grads(False)
     ctx.options = variant, iterations, norm_eps
     x_next = output[0]
-    ctx.save_for_backward(
-        x, y, y_bias, H_post, H_res, x_next, phi, alpha, bias, norm_weight, *output[4:]
-    )
+    ctx.save_for_backward(*streams, x_next, *parameters, *output[4:])
 
 
 def _post_pre_backward(ctx, g, du, dH_post, dH_res, *unused):
@@ -245,11 +251,11 @@ def _post_backward(ctx, g):
     return dx, dy, _bias_grad(dy, y_bias), d_post, d_res
 
 
-def _zeros(t: Optional[Tensor]) -> Optional[Tensor]:
+def _zeros(t: Tensor | None) -> Tensor | None:
     return None if t is None else torch.zeros_like(t)
 
 
-def _wide(t: Optional[Tensor]) -> Optional[Tensor]:
+def _wide(t: Tensor | None) -> Tensor | None:
     """A coefficient's gradient, contiguous; None for an absent or empty one."""
     return t.float().contiguous() if t is not None and t.numel() else None
 

@@ -63,31 +63,12 @@ def store_gram(gram_ptr, sums, rows, row0, n: tl.constexpr, GRAM: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["T", "per_part"])
 def post_project_kernel(
-    x_desc,
-    y_desc,
-    x_next_desc,
-    phi_desc,
-    y_bias_ptr,
-    H_post_ptr,
-    H_res_ptr,
-    projected_ptr,
-    gram_ptr,
-    T,
-    per_part,
-    n: tl.constexpr,
-    C: tl.constexpr,
-    KP: tl.constexpr,
-    BT: tl.constexpr,
-    BC: tl.constexpr,
-    POST: tl.constexpr,
-    RES: tl.constexpr,
-    Y_BIAS: tl.constexpr,
-    GRAM: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PIN: tl.constexpr,
-    STAGES: tl.constexpr,
+    x_desc, y_desc, x_next_desc, phi_desc, y_bias_ptr, H_post_ptr, H_res_ptr, projected_ptr,
+    gram_ptr, T, per_part, n: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
+    BC: tl.constexpr, POST: tl.constexpr, RES: tl.constexpr, Y_BIAS: tl.constexpr,
+    GRAM: tl.constexpr, SPLIT: tl.constexpr, PIN: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """x_next of a tile (POST; else x is x_next), phi's products and the streams' squares.
 
     projected [parts, T, KP] and gram [parts, T, 1 or n(n+1)/2] get this block's share of the
@@ -162,7 +143,9 @@ def add_products(
 
 
 @triton.jit
-def phi_gradient(w_hi, w_lo, phi_desc, column, acc, KP: tl.constexpr, BC: tl.constexpr, SPLIT: tl.constexpr):
+def phi_gradient(
+    w_hi, w_lo, phi_desc, column, acc, KP: tl.constexpr, BC: tl.constexpr, SPLIT: tl.constexpr
+):
     """acc + w phi for BC columns. SPLIT: both as bf16 high and low parts, without low times low."""
     if SPLIT:
         hi = tl.reshape(phi_desc.load([0, 0, column]), [KP, BC])
@@ -213,43 +196,13 @@ def total_gradient(
 
 @triton.jit(do_not_specialize=["T", "parts", "per_part"])
 def boundary_grad_kernel(
-    x_desc,
-    y_desc,
-    g_desc,
-    du_desc,
-    phi_desc,
-    dx_desc,
-    dy_desc,
-    y_bias_ptr,
-    norm_weight_ptr,
-    H_post_ptr,
-    H_res_ptr,
-    token_ptr,
-    w_ptr,
-    dH_post_ptr,
-    dH_res_ptr,
-    parts_ptr,
-    counter_ptr,
-    T,
-    parts,
-    per_part,
-    n: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    BT: tl.constexpr,
-    BC: tl.constexpr,
-    PRE: tl.constexpr,
-    POST: tl.constexpr,
-    RES: tl.constexpr,
-    HAS_G: tl.constexpr,
-    Y_BIAS: tl.constexpr,
-    NORM: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PIN: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_desc, y_desc, g_desc, du_desc, phi_desc, dx_desc, dy_desc, y_bias_ptr, norm_weight_ptr,
+    H_post_ptr, H_res_ptr, token_ptr, w_ptr, dH_post_ptr, dH_res_ptr, parts_ptr, counter_ptr, T,
+    parts, per_part, n: tl.constexpr, C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, RES: tl.constexpr,
+    HAS_G: tl.constexpr, Y_BIAS: tl.constexpr, NORM: tl.constexpr, SPLIT: tl.constexpr,
+    PIN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """The module docstring's last four lines for a tile of tokens and a part of the channels.
 
     PRE: there is a next pre (du, w, token); POST: there is a post (y, H). Without POST x is
@@ -333,7 +286,7 @@ def store_coefficient_grads(
     d_post, d_res, dH_post_ptr, dH_res_ptr, parts_ptr, counter_ptr, rows, mask, T, part, parts,
     n: tl.constexpr, RES: tl.constexpr,
 ):  # fmt: skip
-    """The sums over channels to dH_post and dH_res, through parts [E, parts, T] if there are several."""
+    """The sums over channels to dH_post and dH_res, through [E, parts, T] if there are parts."""
     E: tl.constexpr = n + n * n if RES else n
     for e in tl.static_range(E):
         total = tl.sum(d_post[e] if e < n else d_res[e - n], axis=1)

@@ -1,8 +1,8 @@
 """F_pre: u = H_pre x, and what its backward reads from memory.
 
 The projection itself is ``post_pre.post_project_kernel`` (with POST off when there is no post to
-fuse). ``read_kernel`` turns its sums into H and applies H_pre; backward, ``logits_grad_kernel`` makes
-dlogits, for which it reads x and du, and ``phi_grad_kernel`` the product of w and x that is dphi.
+fuse). ``read_kernel`` turns its sums into H and applies H_pre; backward, ``logits_grad_kernel``
+makes dlogits, for which it reads x and du, and ``phi_grad_kernel`` dphi, the product of w and x.
 """
 
 import triton
@@ -82,7 +82,9 @@ def read_scale(
 
 
 @triton.jit
-def sum_of_squares(gram_parts_ptr, rows, mask, parts, part_rows, n: tl.constexpr, NORM: tl.constexpr):
+def sum_of_squares(
+    gram_parts_ptr, rows, mask, parts, part_rows, n: tl.constexpr, NORM: tl.constexpr
+):
     """x . x over all streams, [BT]."""
     count: tl.constexpr = n * (n + 1) // 2 if NORM else 1
     total = sum_parts(gram_parts_ptr, rows * count, parts, part_rows * count, mask)
@@ -94,37 +96,12 @@ def sum_of_squares(gram_parts_ptr, rows, mask, parts, part_rows, n: tl.constexpr
 
 @triton.jit(do_not_specialize=["T", "parts"])
 def read_kernel(
-    x_ptr,
-    projected_ptr,
-    gram_parts_ptr,
-    alpha_ptr,
-    bias_ptr,
-    permutations_ptr,
-    norm_weight_ptr,
-    u_ptr,
-    H_post_ptr,
-    H_res_ptr,
-    p_ptr,
-    inverse_rms_ptr,
-    gram_ptr,
-    T,
-    parts,
-    eps,
-    norm_eps,
-    n: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    R: tl.constexpr,
-    RP: tl.constexpr,
-    BT: tl.constexpr,
-    BC: tl.constexpr,
-    VARIANT: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-    NORM: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, projected_ptr, gram_parts_ptr, alpha_ptr, bias_ptr, permutations_ptr, norm_weight_ptr,
+    u_ptr, H_post_ptr, H_res_ptr, p_ptr, inverse_rms_ptr, gram_ptr, T, parts, eps, norm_eps,
+    n: tl.constexpr, C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, R: tl.constexpr,
+    RP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, VARIANT: tl.constexpr,
+    ITERATIONS: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """H of a tile of tokens from the projection's partial sums, then u over all channels."""
     wait_for_inputs(PDL)
     rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
@@ -159,47 +136,14 @@ def read_kernel(
 
 @triton.jit(do_not_specialize=["T", "tiles", "counters", "phi_size"])
 def logits_grad_kernel(
-    x_ptr,
-    du_ptr,
-    norm_weight_ptr,
-    p_ptr,
-    inverse_rms_ptr,
-    alpha_ptr,
-    bias_ptr,
-    permutations_ptr,
-    gram_ptr,
-    dH_post_ptr,
-    dH_res_ptr,
-    token_ptr,
-    w_ptr,
-    sums_ptr,
-    counter_ptr,
-    phi_ptr,
-    split_ptr,
-    T,
-    tiles,
-    counters,
-    phi_size,
-    norm_eps,
-    n: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    R: tl.constexpr,
-    RP: tl.constexpr,
-    BT: tl.constexpr,
-    BC: tl.constexpr,
-    LOGIT_BT: tl.constexpr,
-    VARIANT: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_DPOST: tl.constexpr,
-    HAS_DRES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, du_ptr, norm_weight_ptr, p_ptr, inverse_rms_ptr, alpha_ptr, bias_ptr,
+    permutations_ptr, gram_ptr, dH_post_ptr, dH_res_ptr, token_ptr, w_ptr, sums_ptr, counter_ptr,
+    phi_ptr, split_ptr, T, tiles, counters, phi_size, norm_eps, n: tl.constexpr, C: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr,
+    BC: tl.constexpr, LOGIT_BT: tl.constexpr, VARIANT: tl.constexpr, ITERATIONS: tl.constexpr,
+    NORM: tl.constexpr, HAS_DPOST: tl.constexpr, HAS_DRES: tl.constexpr, SPLIT: tl.constexpr,
+    WIDTH: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """dlogits of every token, in three kinds of programs that run side by side.
 
     Of each BT // LOGIT_BT + 1 programs the first reads x and du of a tile of BT tokens, sums
@@ -243,7 +187,7 @@ def read_products(
     """du . x_i of a tile of tokens (NORM: weight * du . x_i) as a tuple of n [BT] vectors."""
     inside = mask[:, None]
     sums = ()
-    for i in tl.static_range(n):
+    for _ in tl.static_range(n):
         sums = sums + (tl.zeros([BT, BC // 8], tl.float32),)
     for c0 in tl.range(0, C, BC, num_stages=STAGES):
         channels = c0 + tl.arange(0, BC)
@@ -267,32 +211,12 @@ def read_products(
 
 @triton.jit(do_not_specialize=["T", "columns", "parts", "per_part", "sum_rows"])
 def phi_grad_kernel(
-    x_desc,
-    w_desc,
-    parts_ptr,
-    dphi_ptr,
-    counter_ptr,
-    sums_ptr,
-    partial_sums_ptr,
-    dalpha_ptr,
-    dbias_ptr,
-    T,
-    columns,
-    parts,
-    per_part,
-    sum_rows,
-    n: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    BT: tl.constexpr,
-    BC: tl.constexpr,
-    FINISHERS: tl.constexpr,
-    RES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
+    x_desc, w_desc, parts_ptr, dphi_ptr, counter_ptr, sums_ptr, partial_sums_ptr, dalpha_ptr,
+    dbias_ptr, T, columns, parts, per_part, sum_rows, n: tl.constexpr, C: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    FINISHERS: tl.constexpr, RES: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """dphi [K, n*C] = sum over tokens of w x, BC columns a block; and dalpha, dbias.
 
     w comes as bf16 high and low parts side by side (SPLIT), x is exact in bf16, the sums are

@@ -224,8 +224,8 @@ def mhc_refill(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The streams after every sublayer of a block and what the next one reads, Eq. (20).
 
-    x [..., n, C] enters the block; sublayer l ends with ``mhc_post`` (y[l], H_post[l], H_res[l]), and
-    the next reads with H_pre[l] [..., n]. Returns lists of x_next [..., n, C] and u [..., C].
+    x [..., n, C] enters the block; sublayer l ends with ``mhc_post`` (y[l], H_post[l], H_res[l]),
+    and the next reads with H_pre[l] [..., n]. Returns lists of x_next [..., n, C] and u [..., C].
     """
     streams, reads = [], []
     for y_l, post, res, read in zip(y, H_post, H_res or [None] * len(y), H_pre, strict=True):

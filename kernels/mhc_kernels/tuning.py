@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("tuned.json")
@@ -57,7 +57,7 @@ def _table() -> dict[str, list]:
     return json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
 
-@lru_cache(maxsize=None)
+@cache
 def block(kernel: str, n: int, C: int, itemsize: int, arch: int) -> Block:
     """The launch shape of ``kernel``; independent of T, so a new T compiles nothing.
 

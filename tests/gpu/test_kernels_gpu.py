@@ -13,8 +13,9 @@ if not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import mhc_kernels  # noqa: E402
 from kernel_cases import Case, make_inputs, run, values_and_gradients  # noqa: E402
+
+import mhc_kernels  # noqa: E402
 from mhc_kernels import reference  # noqa: E402
 
 LIMITS = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 5e-6}
@@ -61,7 +62,9 @@ def test_strides():
     parameters = inputs["phi0"], inputs["alpha0"], inputs["bias0"]
     for x in (whole[..., 1:], whole[..., :64].transpose(0, 1).contiguous().transpose(0, 1)):
         for got, want in zip(
-            mhc_kernels.mhc_pre(x, *parameters), mhc_kernels.mhc_pre(x.clone(), *parameters)
+            mhc_kernels.mhc_pre(x, *parameters),
+            mhc_kernels.mhc_pre(x.clone(), *parameters),
+            strict=True,
         ):
             assert torch.equal(got, want)
 
@@ -96,12 +99,12 @@ def test_compile_and_graph():
     parameters = inputs["phi0"], inputs["alpha0"], inputs["bias0"]
     eager = mhc_kernels.mhc_pre(inputs["x"], *parameters)
     compiled = torch.compile(mhc_kernels.mhc_pre, fullgraph=True)(inputs["x"], *parameters)
-    assert all(torch.equal(a, b) for a, b in zip(eager, compiled))
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = mhc_kernels.mhc_pre(inputs["x"], *parameters)
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(eager, captured))
+    assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
 
 
 @pytest.mark.parametrize("L", [1, 3, 9])
