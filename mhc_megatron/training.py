@@ -50,7 +50,6 @@ from torch.distributed.checkpoint import CheckpointException
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
-from mhc_megatron.half_precision import name_every_parameter
 from mhc_megatron.layer_spec import mhc_layer_spec
 from mhc_megatron.optimizer import group_connections
 from mhc_megatron.pipeline import embedding_ranks, widen_pipeline
@@ -153,7 +152,6 @@ def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None
     datasets.is_distributed = True
     group_connections(mhc)
     explain_checkpoint_errors(mhc)
-    name_every_parameter()
     megatron_training.pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         datasets,
@@ -345,6 +343,14 @@ def check_arguments(args: Namespace) -> None:
         )
     if not args.mock_data and get_blend_and_blend_per_split(args) == (None, None):
         raise UserError("no data: set data-path, or mock-data: true.")
+    half = args.bf16 or args.fp16
+    if half and MHCConfig(**args.mhc).enabled and not args.use_distributed_optimizer:
+        # core/optimizer/optimizer.py:1138 numbers the half-precision parameters alone, where the
+        # state that it saves numbers all of them.
+        raise UserError(
+            "Megatron's plain half-precision optimizer cannot save the connections' float32 "
+            "parameters; set use-distributed-optimizer: true (it works on one GPU as well)."
+        )
 
 
 def explain_checkpoint_errors(mhc: MHCConfig) -> None:
