@@ -30,7 +30,11 @@ from megatron.core.utils import (
 )
 from megatron.training import checkpointing, get_args, get_timers
 from megatron.training import training as megatron_training
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.models import gpt as megatron_gpt
 from megatron.training.models.gpt import (
     GPTModel,
@@ -146,7 +150,10 @@ def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None
     on a signal, a time limit or ``--exit-interval``.
     """
     skip_dataset_compilation()
-    model_config = gpt_config_from_args(args, model_config_cls=MHCModelConfig)
+    if args.hybrid_layer_pattern is None:
+        model_config = gpt_config_from_args(args, model_config_cls=MHCModelConfig)
+    else:
+        model_config = hybrid_config_from_args(args, model_config_cls=MHCHybridModelConfig)
     model_config.mhc = mhc
     datasets.is_distributed = True
     group_connections(mhc)
@@ -342,6 +349,18 @@ def check_arguments(args: Namespace) -> None:
         )
     if not args.mock_data and get_blend_and_blend_per_split(args) == (None, None):
         raise UserError("no data: set data-path, or mock-data: true.")
+    tied = not args.untie_embeddings_and_output_weights
+    if args.mtp_num_layers and args.pipeline_model_parallel_size > 1 and tied:
+        # models/common/language_module/language_module.py:497 fails on every such save and load.
+        raise UserError(
+            "mtp-num-layers over several pipeline stages: Megatron 0.19.2 cannot save tied "
+            "embeddings then; set untie-embeddings-and-output-weights: true."
+        )
+    if args.hybrid_layer_pattern is not None and args.transformer_impl == "local" and not args.spec:
+        raise UserError(
+            "hybrid-layer-pattern: Megatron's own hybrid layers need Transformer Engine; give spec "
+            "a stack of others."
+        )
 
 
 def explain_checkpoint_errors(mhc: MHCConfig) -> None:
@@ -361,7 +380,7 @@ def explain_checkpoint_errors(mhc: MHCConfig) -> None:
             said = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"the checkpoint in {get_args().load} does not fit: {said[0]}") from error
 
-    def compared(checkpoint_args):
+    def compared(checkpoint_args, *args, **kwargs):
         was = getattr(checkpoint_args, "mhc", None) or {"variant": "none"}
         for key in ("variant", "n", "exit", "sinkhorn_iterations"):
             now = getattr(mhc, key)
@@ -370,7 +389,7 @@ def explain_checkpoint_errors(mhc: MHCConfig) -> None:
                     f"the checkpoint in {get_args().load} was made with mhc {key} {was[key]}, "
                     f"this run has {now}; give the run a folder of its own."
                 )
-        return check(checkpoint_args)
+        return check(checkpoint_args, *args, **kwargs)
 
     megatron_training.load_checkpoint = explained
     checkpointing.check_checkpoint_args = compared
