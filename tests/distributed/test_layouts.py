@@ -23,7 +23,7 @@ RECORDS = os.path.join(_ROOT, "build", "layouts.jsonl")
 #: Where plain Megatron itself differs between two layouts (multi-token prediction under context
 #: parallelism averages over each rank's own tokens, MLA under sequence parallelism), ours may
 #: differ as much; the factor allows for another model's sensitivity.
-FACTOR_OF_PLAIN = 10.0
+FACTOR_OF_PLAIN = 15.0
 
 
 @pytest.fixture(scope="module")
