@@ -98,6 +98,12 @@ def check_config(config: TransformerConfig) -> None:
             "mhc: inference_fuse_tp_communication adds the residual inside Megatron's kernel, where "
             "the streams cannot follow; turn it off."
         )
+    norms = {"attn_norm", "mlp_norm"} & set(config.offload_modules or ())
+    if config.fine_grained_activation_offloading and norms:
+        raise UserError(
+            f"mhc: offload-modules {' and '.join(sorted(norms))} frees the residual streams that a "
+            "connection's backward reads; leave it out."
+        )
 
 
 def _layer(spec: ModuleSpec, mhc: MHCConfig, stacked: bool = False) -> ModuleSpec:
@@ -130,7 +136,7 @@ def _hybrid_stack(spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
         if issubclass(layer.module, TransformerLayer):
             layers[field.name] = _layer(layer, mhc, stacked=True)
         else:
-            layers[field.name] = ModuleSpec(functools.partial(_refuse, layer.module.__name__))
+            layers[field.name] = ModuleSpec(_refused(layer.module.__name__))
     if spec.submodules.mtp_block_spec is not None:
         layers["mtp_block_spec"] = block = copy.copy(spec.submodules.mtp_block_spec)
         block.submodules = MultiTokenPredictionBlockSubmodules(
@@ -148,8 +154,13 @@ def _hybrid_mtp_layer(spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
     return spec
 
 
-def _refuse(name: str, *args, **kwargs) -> None:
-    raise UserError(f"mhc: layers of class {name} are not supported in a hybrid model.")
+def _refused(name: str) -> type:
+    """A layer class that says no when a model's pattern asks for it."""
+
+    def refuse(self, *args, **kwargs) -> None:
+        raise UserError(f"mhc: layers of class {name} are not supported in a hybrid model.")
+
+    return type(name, (torch.nn.Module,), {"__init__": refuse})
 
 
 def _final_norm(builder, mhc: MHCConfig):
