@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch.utils.data
 from torch.overrides import TorchFunctionMode
 
 _mode: _CudaIsCpu | None = None
@@ -250,8 +251,21 @@ def _stand_in_for_cuda() -> None:
     _replace(torch.Tensor, "record_stream", _nothing())
     # training/datasets/data_samplers.py
     _replace(torch.Tensor, "pin_memory", lambda tensor, *device: tensor)
+    # A loader draws a seed from the CPU's generator whenever it starts. On a GPU dropout has another
+    # generator; here it is the same one, and a resumed run, which starts its loaders anew, would
+    # part from one that was never stopped.
+    loader = torch.utils.data.DataLoader
+    _replace(loader, "__init__", _with_own_generator(loader.__init__))
     # tensor_parallel/random.py:66 sets the generator's state through the default generators.
     _replace(torch.cuda, "default_generators", (torch.default_generator,))
+
+
+def _with_own_generator(init):
+    def own(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("generator", torch.Generator())
+        init(self, *args, **kwargs)
+
+    return own
 
 
 def _nothing():

@@ -50,9 +50,11 @@ from megatron.training.models.hybrid import (
 )
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
+from mhc_megatron.half_precision import name_every_parameter
 from mhc_megatron.layer_spec import mhc_layer_spec
 from mhc_megatron.optimizer import group_connections
 from mhc_megatron.pipeline import embedding_ranks, widen_pipeline
@@ -158,6 +160,7 @@ def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None
     datasets.is_distributed = True
     group_connections(mhc)
     explain_checkpoint_errors(mhc)
+    name_every_parameter()
     megatron_training.pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         datasets,
@@ -374,11 +377,12 @@ def explain_checkpoint_errors(mhc: MHCConfig) -> None:
     def explained(*args, **kwargs):
         try:
             return load(*args, **kwargs)
-        except (UserError, SystemExit):
+        except (TypeError, AttributeError, NameError, UserError):
             raise
-        except Exception as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"the checkpoint in {get_args().load} does not fit: {said[0]}") from error
+        except (Exception, CheckpointException) as error:  # torch, Megatron, pickle: own ones each
+            raise UserError(
+                f"the checkpoint in {get_args().load} does not fit: {_innermost(error)}"
+            ) from error
 
     def compared(checkpoint_args, *args, **kwargs):
         was = getattr(checkpoint_args, "mhc", None) or {"variant": "none"}
@@ -393,3 +397,11 @@ def explain_checkpoint_errors(mhc: MHCConfig) -> None:
 
     megatron_training.load_checkpoint = explained
     checkpointing.check_checkpoint_args = compared
+
+
+def _innermost(error: BaseException) -> str:
+    """What went wrong, in a line; torch's CheckpointException holds the whole traceback as text."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not said:
+        return type(error).__name__
+    return said[-1].partition("Exception: ")[2] or said[-1]
