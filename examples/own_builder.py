@@ -2,6 +2,7 @@
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.layer_spec import mhc_layer_spec
 from mhc_megatron.pipeline import widen_pipeline

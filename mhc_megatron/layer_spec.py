@@ -44,7 +44,6 @@ from mhc_megatron.connection import HyperConnection
 from mhc_megatron.errors import UserError
 from mhc_megatron.streams import Exit, enter
 
-
 Spec = ModuleSpec | TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules
 
 
@@ -95,8 +94,8 @@ def check_config(config: TransformerConfig) -> None:
     """
     if config.inference_fuse_tp_communication:
         raise UserError(
-            "mhc: inference_fuse_tp_communication adds the residual inside Megatron's kernel, where "
-            "the streams cannot follow; turn it off."
+            "mhc: inference_fuse_tp_communication adds the residual inside Megatron's kernel, "
+            "where the streams cannot follow; turn it off."
         )
     norms = {"attn_norm", "mlp_norm"} & set(config.offload_modules or ())
     if config.fine_grained_activation_offloading and norms:
@@ -223,7 +222,7 @@ class HyperConnectedStack(HybridStack):
 
 
 class HyperConnectedPrediction(MultiTokenPredictionLayer):
-    """A HybridModel's multi-token prediction layer; its inner stack has no final norm to leave at."""
+    """A HybridModel's multi-token prediction layer: its inner stack has no norm to leave at."""
 
     def __init__(self, config: TransformerConfig, *args, mhc: MHCConfig, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
@@ -235,7 +234,8 @@ class HyperConnectedPrediction(MultiTokenPredictionLayer):
         # The stack numbers its layers from one again; names and seeds must differ all the same.
         for connection in stack.modules():
             if isinstance(connection, HyperConnection):
-                connection.name = f"mtp{self.layer_number - 1}.{connection.name.removeprefix('mtp')}"
+                inner = connection.name.removeprefix("mtp")
+                connection.name = f"mtp{self.layer_number - 1}.{inner}"
                 connection.reset_parameters()
 
 

@@ -1,7 +1,7 @@
 """What this project leans on inside Megatron-Core, checked against the installed wheel.
 
-Each entry names a file below ``megatron/``, the place in it, and a line (whitespace aside) that must
-still stand there. When Megatron moves, the test that fails says which of our files leans on it, so
+Each entry names a file below ``megatron/``, the place in it, and a line (whitespace aside) that
+must still stand there. When Megatron moves, the test that fails says which of our files leans on it, so
 that one reads the new Megatron before trusting a run. ``MEGATRON_ROOT`` points the tests at an
 unpacked wheel instead of the installed one.
 """
@@ -61,7 +61,8 @@ RELIES_ON = [
     Reliance("layer_spec.py", LAYER, "class TransformerLayer",
              "self.recompute_input_layernorm = True", "selective recompute of the norm is ours"),
     Reliance("layer_spec.py", LAYER, "class TransformerLayer",
-             "self.bias_dropout_add_exec_handler", "the write runs without gradients in evaluation"),
+             "self.bias_dropout_add_exec_handler",
+             "the write runs without gradients in evaluation"),
     Reliance("layer_spec.py", "core/transformer/transformer_block.py", "def _get_block_submodules",
              "layer_specs=[spec] * num_layers, layer_norm=LayerNormImpl",
              "a layer spec becomes a block of them with a final norm"),
@@ -93,7 +94,8 @@ RELIES_ON = [
     Reliance("pipeline.py", MTP, "def get_mtp_ranks", "mtp_ranks",
              "embedding ranks include those of MTP"),
     Reliance("training.py", "training/models/gpt.py", "class GPTModelBuilder",
-             "mtp_spec = mtp_block_spec(self._model_config, transformer_layer_spec, vp_stage=vp_stage)",
+             "mtp_spec = mtp_block_spec("
+             "self._model_config, transformer_layer_spec, vp_stage=vp_stage)",
              "the MTP spec is replaced where build_model makes it"),
     Reliance("training.py", "training/models/gpt.py", "class GPTModelBuilder",
              '"vp_stage" in inspect.signature(transformer_layer_spec).parameters',
@@ -152,11 +154,12 @@ def definition(source: str, head: str) -> tuple[str, int] | None:
 @pytest.mark.parametrize("reliance", RELIES_ON, ids=lambda r: f"{r.ours}: {r.within or r.file}")
 def test_megatron_still_says(reliance: Reliance) -> None:
     path = os.path.join(root(), reliance.file)
-    assert os.path.exists(path), f"{reliance.file} is gone; {reliance.ours} needs it: {reliance.why}"
+    needs = f"{reliance.ours} needs it: {reliance.why}"
+    assert os.path.exists(path), f"{reliance.file} is gone; {needs}"
     with open(path, encoding="utf-8") as f:
         found = definition(f.read(), reliance.within)
     where = f"{reliance.file}: {reliance.within}"
-    assert found, f"{where} is gone; {reliance.ours} needs it: {reliance.why}"
+    assert found, f"{where} is gone; {needs}"
     body, line = found
     wanted = re.sub(r"\s+", "", reliance.line)
     assert wanted in re.sub(r"\s+", "", body), (

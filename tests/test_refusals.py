@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 
@@ -35,6 +36,7 @@ def config(**changes):
 )
 def test_settings(changes, said) -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
     from mhc_megatron.layer_spec import mhc_layer_spec
 
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -46,6 +48,7 @@ def test_settings(changes, said) -> None:
 def test_a_hybrid_pattern_with_mamba() -> None:
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.models.hybrid.hybrid_model import HybridModel
+
     from mhc_megatron.layer_spec import mhc_layer_spec
 
     spec = mhc_layer_spec(hybrid_stack_spec, config(), MHCConfig())
@@ -62,6 +65,7 @@ def test_a_hybrid_pattern_with_mamba() -> None:
 def test_a_layer_that_is_none_of_megatrons() -> None:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
     from mhc_megatron.layer_spec import mhc_layer_spec
 
     block = TransformerBlockSubmodules(layer_specs=[ModuleSpec(module=torch.nn.Linear)])

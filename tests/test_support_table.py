@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from tools.support_table import BEGIN, END, main
 
 ROW = {

@@ -27,11 +27,11 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config, unwrap_model
+
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.connection import HyperConnection
 from mhc_megatron.optimizer import connection_overrides
 from mhc_megatron.streams import is_connection
-
 from tests.distributed.data import BATCH, OPTIMIZER, SEQUENCE, VOCABULARY
 from tests.distributed.models import build, build_with, initialize
 

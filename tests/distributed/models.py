@@ -36,6 +36,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.utils import get_model_config
+
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.pipeline import embedding_ranks
 from mhc_megatron.training import (
@@ -44,7 +45,6 @@ from mhc_megatron.training import (
     MHCModelBuilder,
     MHCModelConfig,
 )
-
 from tests.distributed.data import SEQUENCE, VOCABULARY
 
 BASE: dict[str, Any] = {
@@ -229,7 +229,7 @@ def gather_context() -> None:
 
 
 class _Gather(torch.autograd.Function):
-    """[s, ...] of every rank, in the order of the ranks; backward adds what all ranks say of mine."""
+    """[s, ...] of every rank, in their order; backward adds what all ranks say of this one's."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

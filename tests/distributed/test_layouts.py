@@ -61,12 +61,13 @@ def records():
     os.replace(RECORDS + ".part", RECORDS)
 
 
-def _parameters():
-    for row in ROWS:
-        yield pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.slow else [])
-
-
-@pytest.mark.parametrize("row", _parameters())
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.slow else [])
+        for row in ROWS
+    ],
+)
 def test_layout_equals_one_rank(row: Row, cluster: Cluster, reference, records) -> None:
     folder, one = reference(row.kind)
     job = {"kind": KINDS[row.kind], "layout": row.settings, "load": folder}
