@@ -11,6 +11,7 @@ differs in ``hidden_size`` alone. Nothing is sent twice and no shapes are exchan
 from __future__ import annotations
 
 import functools
+
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn

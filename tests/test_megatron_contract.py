@@ -1,9 +1,9 @@
 """What this project leans on inside Megatron-Core, checked against the installed wheel.
 
 Each entry names a file below ``megatron/``, the place in it, and a line (whitespace aside) that
-must still stand there. When Megatron moves, the test that fails says which of our files leans on it, so
-that one reads the new Megatron before trusting a run. ``MEGATRON_ROOT`` points the tests at an
-unpacked wheel instead of the installed one.
+must still stand there. When Megatron moves, the test that fails says which of our files leans on
+it, so that one reads the new Megatron before trusting a run. ``MEGATRON_ROOT`` points the tests at
+an unpacked wheel instead of the installed one.
 """
 
 from __future__ import annotations
