@@ -97,8 +97,8 @@ ARGUMENTS: dict[str, Any] = {
 class _CudaIsCpu(TorchFunctionMode):
     """Sends every ``device="cuda"`` to the CPU and lets CPU tensors name CUDA types.
 
-    ``Tensor.type()`` is compared with ``torch.cuda.FloatTensor`` by core/optimizer/clip_grads.py:174
-    and core/optimizer/distrib_optimizer.py:479.
+    ``Tensor.type()`` is compared with ``torch.cuda.FloatTensor`` by
+    core/optimizer/clip_grads.py:174 and core/optimizer/distrib_optimizer.py:479.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -297,7 +297,7 @@ def _patch_megatron() -> None:
     # transformer/torch_norm.py:50 refuses sequence parallelism, the only norm without CUDA.
     build = torch_norm.WrappedTorchNorm.__new__
     _replace(torch_norm.WrappedTorchNorm, "__new__", _norm_like_the_fused(build))
-    # models/hybrid/hybrid_block.py:167 makes the final norm of a HybridModel with Transformer Engine.
+    # models/hybrid/hybrid_block.py:167 makes its final norm with Transformer Engine.
     _replace(hybrid_block, "TENorm", torch_norm.WrappedTorchNorm)
     # tensor_parallel/random.py:69 compiles a C++ extension that swaps pointers; here a copy does.
     _replace(megatron_random, "_get_share_storage", lambda: _share_storage)
@@ -336,7 +336,7 @@ def _with_a_step(sharded_state_dict):
 def _keeping_the_step(set_states):
     """Sets a parameter's state from a checkpoint; its step, which has come already, stays.
 
-    A copy of it: :1029 gives all parameters one tensor, which AdamW would count up for each of them.
+    A copy of it: :1029 gives all parameters one tensor, which AdamW would count up for each.
     """
 
     @functools.wraps(set_states)

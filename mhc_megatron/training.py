@@ -30,7 +30,11 @@ from megatron.core.utils import (
 )
 from megatron.training import checkpointing, get_args, get_timers
 from megatron.training import training as megatron_training
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.models import gpt as megatron_gpt
 from megatron.training.models.gpt import (
     GPTModel,
@@ -147,7 +151,10 @@ def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None
     on a signal, a time limit or ``--exit-interval``.
     """
     skip_dataset_compilation()
-    model_config = gpt_config_from_args(args, model_config_cls=MHCModelConfig)
+    if args.hybrid_layer_pattern is None:
+        model_config = gpt_config_from_args(args, model_config_cls=MHCModelConfig)
+    else:
+        model_config = hybrid_config_from_args(args, model_config_cls=MHCHybridModelConfig)
     model_config.mhc = mhc
     datasets.is_distributed = True
     group_connections(mhc)
@@ -350,6 +357,18 @@ def check_arguments(args: Namespace) -> None:
         raise UserError(
             "Megatron's plain half-precision optimizer cannot save the connections' float32 "
             "parameters; set use-distributed-optimizer: true (it works on one GPU as well)."
+        )
+    tied = not args.untie_embeddings_and_output_weights
+    if args.mtp_num_layers and args.pipeline_model_parallel_size > 1 and tied:
+        # models/common/language_module/language_module.py:497 fails on every such save and load.
+        raise UserError(
+            "mtp-num-layers over several pipeline stages: Megatron 0.19.2 cannot save tied "
+            "embeddings then; set untie-embeddings-and-output-weights: true."
+        )
+    if args.hybrid_layer_pattern is not None and args.transformer_impl == "local" and not args.spec:
+        raise UserError(
+            "hybrid-layer-pattern: Megatron's own hybrid layers need Transformer Engine; give spec "
+            "a stack of others."
         )
 
 
