@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SMALL = ("num-layers=2", "hidden-size=64", "ffn-hidden-size=96", "train-iters=3", "lr=0.01",
          "lr-warmup-iters=0", "seq-length=48", "max-position-embeddings=48", "eval-iters=0",
-         "init-method-std=0.2", "mhc.init=static")  # fmt: skip
+         "init-method-std=0.2", "split='1,0,0'", "mhc.init=static")  # fmt: skip
 LATENT = ("multi-latent-attention=true", "kv-lora-rank=16", "qk-head-dim=16", "v-head-dim=16",
           "qk-pos-emb-head-dim=8", "qk-layernorm=true", "rope-type=rope")  # fmt: skip
-EXPERTS = ("num-experts=4", "moe-layer-freq=[0,1]", "moe-ffn-hidden-size=32", "moe-router-topk=2",
+EXPERTS = ("num-experts=4", "moe-layer-freq='[0,1]'", "moe-ffn-hidden-size=32", "moe-router-topk=2",
            "moe-shared-expert-intermediate-size=32", "moe-router-score-function=sigmoid",
            "moe-router-enable-expert-bias=true", "moe-router-load-balancing-type=none",
            "moe-token-dispatcher-type=alltoall", "mtp-num-layers=1",

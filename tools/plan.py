@@ -120,7 +120,7 @@ def arguments_of(settings: Settings, gpus: int | None) -> argparse.Namespace:
         from mhc_megatron import cpu
 
         values = dict(settings.megatron)
-        if not torch.cuda.is_available():
+        if cpu.enabled() or not torch.cuda.is_available():
             cpu.enable()
             values |= cpu.ARGUMENTS
         args = parse(values)
