@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from typing import TypeVar
 
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -41,6 +42,19 @@ def widen_pipeline(model: Model, mhc: MHCConfig) -> Model:
         for wrapper in wrappers:
             wrapper.config = wide_config(wrapper.config, mhc.n)
     return model
+
+
+def embedding_ranks(pp_ranks: list[int], config: TransformerConfig, tied: bool) -> list[int]:
+    """Ranks of a pipeline that hold the word embeddings: Megatron's ``get_embedding_ranks``.
+
+    The first stage, the last one where the output layer is ``tied`` to it, and every stage with
+    multi-token prediction. The megatron-core wheel's default knows the first two; without this the
+    embedding of an MTP stage before the last would drift from the first stage's.
+    """
+    ranks = {pp_ranks[0]} | set(get_mtp_ranks(pp_ranks, config))
+    if tied:
+        ranks.add(pp_ranks[-1])
+    return sorted(ranks)
 
 
 class WideConfig:

@@ -46,12 +46,13 @@ from megatron.training.models.hybrid import (
 )
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 from mhc_megatron.layer_spec import mhc_layer_spec
 from mhc_megatron.optimizer import group_connections
-from mhc_megatron.pipeline import widen_pipeline
+from mhc_megatron.pipeline import embedding_ranks, widen_pipeline
 
 #: Megatron's threshold: a loss this many times the largest seen so far is a spike.
 SPIKY_LOSS_FACTOR = 10
@@ -156,6 +157,11 @@ def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None
         datasets,
         ModelType.encoder_or_decoder,
         forward_step_func or forward_step,
+        get_embedding_ranks=functools.partial(
+            embedding_ranks,
+            config=model_config.transformer,
+            tied=model_config.share_embeddings_and_output_weights,
+        ),
     )
 
 
@@ -350,13 +356,14 @@ def explain_checkpoint_errors(mhc: MHCConfig) -> None:
     def explained(*args, **kwargs):
         try:
             return load(*args, **kwargs)
-        except (UserError, SystemExit):
+        except (TypeError, AttributeError, NameError, UserError):
             raise
-        except Exception as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"the checkpoint in {get_args().load} does not fit: {said[0]}") from error
+        except (Exception, CheckpointException) as error:  # torch, Megatron, pickle: own ones each
+            raise UserError(
+                f"the checkpoint in {get_args().load} does not fit: {_innermost(error)}"
+            ) from error
 
-    def compared(checkpoint_args):
+    def compared(checkpoint_args, *args, **kwargs):
         was = getattr(checkpoint_args, "mhc", None) or {"variant": "none"}
         for key in ("variant", "n", "exit", "sinkhorn_iterations"):
             now = getattr(mhc, key)
@@ -365,7 +372,15 @@ def explain_checkpoint_errors(mhc: MHCConfig) -> None:
                     f"the checkpoint in {get_args().load} was made with mhc {key} {was[key]}, "
                     f"this run has {now}; give the run a folder of its own."
                 )
-        return check(checkpoint_args)
+        return check(checkpoint_args, *args, **kwargs)
 
     megatron_training.load_checkpoint = explained
     checkpointing.check_checkpoint_args = compared
+
+
+def _innermost(error: BaseException) -> str:
+    """What went wrong, in a line; torch's CheckpointException holds the whole traceback as text."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not said:
+        return type(error).__name__
+    return said[-1].partition("Exception: ")[2] or said[-1]

@@ -6,6 +6,7 @@ A job is a dictionary:
     mhc             fields of MHCConfig
     steps           how many (default 3), the first one's number is ``first_step``
     load, save      folders of torch_dist checkpoints
+    save_initial    where the model goes before the first step
     optimizer       fields of OptimizerConfig
     ddp             fields of DistributedDataParallelConfig
     resume          also load the optimizer's state from ``load``
@@ -20,19 +21,18 @@ import os
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_model_config
+from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config, unwrap_model
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.connection import HyperConnection
 from mhc_megatron.optimizer import connection_overrides
+from mhc_megatron.streams import is_connection
 
-from tests.distributed.models import SEQUENCE, VOCABULARY, build, initialize
-
-#: Sequences of a step, over all ranks and microbatches of one sequence each.
-BATCH = 8
+from tests.distributed.data import BATCH, SEQUENCE, VOCABULARY
+from tests.distributed.models import build, initialize
 
 #: Large alpha and phi, so that a wrong H_res anywhere shows in the loss.
 MHC = {"variant": "mhc", "n": 4, "alpha": 0.5, "init_std": 0.1}
@@ -50,9 +50,11 @@ OPTIMIZER = {
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
     """Run the job; losses and gradient norm of each step, loss as this rank knows it."""
+    if not parallel_state.is_initialized():
+        initialize(job["kind"], job["layout"])
     layout = job["layout"]
     mhc = MHCConfig(**(MHC | job.get("mhc", {})))
-    initialize(layout)
+    tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
     torch.manual_seed(11)
     ddp = {"grad_reduce_in_fp32": True, **layout.get("ddp", {}), **job.get("ddp", {})}
     model = build(job["kind"], layout, mhc, ddp)
@@ -61,15 +63,10 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     optimizer = make_optimizer(job, model, ddp, mhc)
     if job.get("load"):
         load(job, model, optimizer)
-    config = get_model_config(model[0])
-    config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
-    if ddp.get("overlap_grad_reduce"):
-        config.no_sync_func = [chunk.no_sync for chunk in model]
-        config.no_sync_func = config.no_sync_func if len(model) > 1 else config.no_sync_func[0]
-    if ddp.get("overlap_param_gather"):
-        for chunk in model:
-            chunk.enable_forward_pre_hook()
+    if job.get("save_initial"):
+        save(job | {"save": job["save_initial"]}, model, None)
+    _configure(model, optimizer, ddp)
+    tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
     first = job.get("first_step", 0)
     steps = [step(model, optimizer, s) for s in range(first, first + job.get("steps", 3))]
     if job.get("save"):
@@ -80,6 +77,27 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "gives_loss": parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         and parallel_state.get_tensor_model_parallel_rank() == 0,
     }
+
+
+def train_both(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The job with connections, and the same with Megatron's own residual path."""
+    results = {}
+    for variant in ("mhc", "none"):
+        folders = {
+            key: os.path.join(job[key], variant) for key in ("load", "save_initial") if key in job
+        }
+        results[variant] = train(job | folders | {"mhc": {"variant": variant}})
+    return results
+
+
+def _configure(model, optimizer, ddp: dict[str, Any]) -> None:
+    """What training/training.py sets on the model's configuration before its first step."""
+    config = get_model_config(model[0])
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if ddp.get("overlap_grad_reduce"):
+        no_sync = [chunk.no_sync for chunk in model]
+        config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
 
 
 @torch.no_grad()
@@ -144,7 +162,6 @@ def forward_step(data_iterator, model):
         batch = get_batch_on_this_cp_rank(
             batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
         )
-    get_attr_wrapped_model(model, "vp_stage")
     # No mask: Megatron's local attention makes a causal one.
     output = model(
         batch["tokens"],
@@ -191,7 +208,7 @@ def load(job: dict[str, Any], model, optimizer) -> None:
     resume = job.get("resume", False)
     sharded = _sharded_state(job, model, optimizer if resume else None, is_loading=True)
     state = dist_checkpointing.load(sharded, job["load"])
-    for i, chunk in enumerate(model):
+    for i, chunk in enumerate(unwrap_model(model)):
         chunk.load_state_dict(state[f"model{i}"], strict=True)
     if resume:
         optimizer.load_state_dict(state["optimizer"])
@@ -202,7 +219,8 @@ def load(job: dict[str, Any], model, optimizer) -> None:
 def _sharded_state(job, model, optimizer, is_loading: bool = False) -> dict[str, Any]:
     metadata = _metadata(job)
     state = {
-        f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(model)
+        f"model{i}": chunk.sharded_state_dict(metadata=metadata)
+        for i, chunk in enumerate(unwrap_model(model))
     }
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(
@@ -220,3 +238,53 @@ def _metadata(job: dict[str, Any]) -> dict[str, Any]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
+
+
+# ------------------------------------------------------------------------------------------ dtypes
+
+
+def dtypes(job: dict[str, Any]) -> dict[str, Any]:
+    """Names of the dtypes of parameters, their gradients and main copies, after one step."""
+    initialize(job["kind"], job["layout"])
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    mhc = MHCConfig(**(MHC | job.get("mhc", {})))
+    ddp = job["ddp"]
+    model = build(job["kind"], job["layout"], mhc, ddp)
+    optimizer = make_optimizer(job, model, ddp, mhc)
+    _configure(model, optimizer, ddp)
+    step(model, optimizer, 0)
+    main = _main_parameters(optimizer)
+    seen: dict[str, Any] = {"connections": {}, "others": {}}
+    for name, parameter in model[0].named_parameters():
+        types = {
+            "parameter": _name(parameter),
+            "gradient": _name(parameter.main_grad),
+            # A float32 parameter is its own main copy, or has a float32 shard of its own.
+            "main": _name(main.get(id(parameter), parameter)),
+        }
+        seen["connections" if is_connection(parameter) else "others"][name] = types
+    seen["buffers"] = [
+        sorted({_name(p) for p in buffer.params})
+        for buffer in model[0].buffers + model[0].expert_parallel_buffers
+    ]
+    return seen
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _main_parameters(optimizer) -> dict[int, torch.Tensor]:
+    """id of a model's parameter -> what the optimizer steps in its place."""
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for ours, theirs in (
+            ("model_float16_groups", "shard_fp32_from_float16_groups"),
+            ("model_fp32_groups", "shard_fp32_groups"),
+            ("float16_groups", "fp32_from_float16_groups"),
+        ):
+            for group, mains in zip(
+                getattr(part, ours, []), getattr(part, theirs, []), strict=True
+            ):
+                pairs += zip(group, mains, strict=True)
+    return {id(parameter): main for parameter, main in pairs}

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
@@ -31,6 +32,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.pipeline import embedding_ranks
 from mhc_megatron.training import (
     MHCHybridModelBuilder,
     MHCHybridModelConfig,
@@ -38,7 +40,7 @@ from mhc_megatron.training import (
     MHCModelConfig,
 )
 
-VOCABULARY, SEQUENCE = 64, 16
+from tests.distributed.data import SEQUENCE, VOCABULARY
 
 BASE: dict[str, Any] = {
     "num_layers": 4,
@@ -76,43 +78,57 @@ PARALLEL = {
 }
 
 
-def initialize(layout: dict[str, Any]) -> None:
-    """Model-parallel groups and generators."""
+def initialize(kind: dict[str, Any], layout: dict[str, Any]) -> None:
+    """Model-parallel groups."""
     sizes = {PARALLEL[k]: v for k, v in layout.items() if k in PARALLEL and k != "sp"}
-    parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=True)
-    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    model = model_config(kind, layout, MHCConfig())
+    parallel_state.initialize_model_parallel(
+        **sizes,
+        get_embedding_ranks=functools.partial(
+            embedding_ranks,
+            config=model.transformer,
+            tied=model.share_embeddings_and_output_weights,
+        ),
+    )
     if layout.get("cp", 1) > 1:
         gather_context()
+
+
+def model_config(
+    kind: dict[str, Any], layout: dict[str, Any], mhc: MHCConfig
+) -> MHCModelConfig | MHCHybridModelConfig:
+    """The configuration that a builder takes."""
+    settings = {**BASE, **kind}
+    settings |= {PARALLEL.get(k, k): v for k, v in layout.items() if k not in ("world", "ddp")}
+    dtype = settings.pop("dtype", "float32")
+    settings["params_dtype"] = settings["pipeline_dtype"] = getattr(torch, dtype)
+    settings |= {
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "overlap_p2p_comm": bool(layout.get("vp")),
+    }
+    hybrid = "hybrid_layer_pattern" in settings
+    model_class = MHCHybridModelConfig if hybrid else MHCModelConfig
+    of_model = {f.name for f in dataclasses.fields(model_class)} - {"transformer"}
+    own = {key: settings.pop(key) for key in list(settings) if key in of_model}
+    mla = settings.get("multi_latent_attention", False)
+    config = (MLATransformerConfig if mla else TransformerConfig)(
+        activation_func=F.silu, **settings
+    )
+    if hybrid:
+        own["hybrid_stack_spec"] = hybrid_spec(config)
+    return model_class(
+        transformer=config, vocab_size=VOCABULARY, seq_length=SEQUENCE, mhc=mhc, **own
+    )
 
 
 def build(
     kind: dict[str, Any], layout: dict[str, Any], mhc: MHCConfig, ddp: dict[str, Any]
 ) -> list[torch.nn.Module]:
     """The model chunks of this rank, wrapped for training."""
-    settings = {**BASE, **kind}
-    settings |= {PARALLEL.get(k, k): v for k, v in layout.items() if k not in ("world", "ddp")}
-    if layout.get("vp"):
-        settings["overlap_p2p_comm"] = True
-    hybrid = "hybrid_layer_pattern" in settings
-    model_class = MHCHybridModelConfig if hybrid else MHCModelConfig
-    mla = settings.pop("multi_latent_attention", False)
-    config_class = MLATransformerConfig if mla else TransformerConfig
-    own = {f.name for f in dataclasses.fields(model_class)} - {"transformer"}
-    ours = {key: settings.pop(key) for key in list(settings) if key in own}
-    if mla:
-        ours["position_embedding_type"] = "rope"
-        settings["multi_latent_attention"] = True
-    dtype = settings.pop("dtype", "float32")
-    settings["params_dtype"] = settings["pipeline_dtype"] = getattr(torch, dtype)
-    settings |= {"bf16": dtype == "bfloat16", "fp16": dtype == "float16"}
-    config = config_class(activation_func=F.silu, **settings)
-    model = model_class(
-        transformer=config, vocab_size=VOCABULARY, seq_length=SEQUENCE, mhc=mhc, **ours
-    )
-    if hybrid:
-        model.hybrid_stack_spec = hybrid_spec(config)
-    builder = (MHCHybridModelBuilder if hybrid else MHCModelBuilder)(model)
-    return builder.build_distributed_models(
+    model = model_config(kind, layout, mhc)
+    builder = MHCHybridModelBuilder if hasattr(model, "hybrid_stack_spec") else MHCModelBuilder
+    return builder(model).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
         ddp_config=DistributedDataParallelConfig(**ddp),
         data_parallel_random_init=False,

@@ -1,0 +1,190 @@
+"""Tiny models for the tests of conversions: transformers' own classes, and Megatron's."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+#: Small enough for seconds on a CPU, with every size different so that no mix-up fits by chance.
+SIZES = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=56,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    initializer_range=0.2,
+)
+LATENT = dict(
+    num_key_value_heads=4,
+    q_lora_rank=20,
+    kv_lora_rank=12,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=6,
+    v_head_dim=14,
+    n_routed_experts=8,
+    n_shared_experts=2,
+    moe_intermediate_size=24,
+    num_experts_per_tok=4,
+    n_group=4,
+    topk_group=2,
+    first_k_dense_replace=1,
+    routed_scaling_factor=1.7,
+)
+
+
+def hf_model(family: str, seed: int = 0, **changes):
+    """A random model of transformers' own class, with norms and biases that are not trivial."""
+    import transformers
+
+    sizes = {**SIZES, **(LATENT if family == "deepseek_v3" else dict(num_key_value_heads=2))}
+    if family == "qwen3":
+        sizes["head_dim"] = 12
+    config = transformers.AutoConfig.for_model(family, **{**sizes, **changes})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if "norm" in name or name.endswith("bias"):
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def save_hf(model, path: Path, **options) -> Path:
+    """Write a model as transformers does."""
+    model.save_pretrained(path, **options)
+    return path
+
+
+def tokens(batch: int = 2, length: int = 19, vocab: int = 61) -> torch.Tensor:
+    """Random token ids [batch, length]."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(0, vocab, (batch, length), generator=generator)
+
+
+@torch.no_grad()
+def hf_logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """[b, s, vocab] of a transformers model."""
+    return model(input_ids=ids, use_cache=False).logits.float()
+
+
+# --------------------------------------------------------------------------------------- Megatron
+
+
+def start_megatron() -> None:
+    """One process, one rank, on the CPU."""
+    from mhc_megatron import cpu
+
+    if not torch.cuda.is_available() and not cpu.enabled():
+        cpu.enable()
+    _latent_attention_on_cpu()
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not torch.distributed.is_initialized():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def _latent_attention_on_cpu() -> None:
+    """0.19.2's eager attention (transformer/dot_product_attention.py:43) lacks the two arguments
+    that latent attention gives (multi_latent_attention.py:214); Transformer Engine's has them."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention as Attention
+
+    if getattr(Attention, "takes_channels", False):
+        return
+    init = Attention.__init__
+
+    def patched(self, *args, k_channels=None, v_channels=None, **kwargs):
+        init(self, *args, **kwargs)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    Attention.__init__, Attention.takes_channels = patched, True
+
+
+def megatron_args(folder: Path, mhc=None, **changes):
+    """Megatron's parsed arguments for a converted checkpoint's model.yaml."""
+    from launch import pretrain, settings
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.training.global_vars import destroy_global_vars
+
+    from mhc_megatron import cpu
+
+    with contextlib.suppress(KeyError):
+        del os.environ["WORLD_SIZE"]
+    pretrain._single_process_environment()
+    read = settings.load(str(folder / "model.yaml"))
+    values = {
+        "micro-batch-size": 1,
+        "seq-length": 32,
+        "train-iters": 1,
+        "lr": 1e-3,
+        "mock-data": True,
+        "save-interval": 1,
+        **pretrain._defaults(read),
+        **read.megatron,
+        **cpu.ARGUMENTS,
+        **changes,
+    }
+    values["max-position-embeddings"] = max(64, values["max-position-embeddings"])
+    argv, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            args = pretrain._parse(values)
+    finally:
+        sys.argv = argv
+        destroy_global_vars()
+        destroy_num_microbatches_calculator()
+    args.padded_vocab_size = args.vocab_size
+    return args, mhc or read.mhc
+
+
+def megatron_model(folder: Path, mhc=None, **changes):
+    """The model of a converted checkpoint, built by the run's own builder, weights loaded."""
+    start_megatron()
+    from megatron.core import dist_checkpointing
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from mhc_megatron.checkpoint.torch_dist import resolve
+    from mhc_megatron.training import MHCModelBuilder, MHCModelConfig
+
+    args, mhc = megatron_args(folder, mhc, **changes)
+    config = gpt_config_from_args(args, model_config_cls=MHCModelConfig)
+    config.mhc = mhc
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = MHCModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
+    path = str(resolve(folder))
+    metadata = dist_checkpointing.load_content_metadata(path) or {}
+    metadata["dp_cp_group"] = groups.dp_cp
+    state = dist_checkpointing.load(
+        {"model": model.sharded_state_dict(metadata=metadata)}, path, validate_access_integrity=False
+    )
+    model.load_state_dict(state["model"])
+    return model.eval()
+
+
+@torch.no_grad()
+def megatron_logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """[b, s, vocab] of a Megatron model."""
+    length = ids.shape[1]
+    mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), diagonal=1)
+    positions = torch.arange(length).expand_as(ids)
+    logits = model(ids, positions, mask)
+    return logits.float()

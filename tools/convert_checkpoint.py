@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Convert, upcycle, inspect and verify checkpoints.
+
+    tools/convert_checkpoint.py import-hf  Llama-3-8B/       checkpoints/llama
+    tools/convert_checkpoint.py upcycle    checkpoints/llama checkpoints/llama-mhc
+    tools/convert_checkpoint.py export-hf  runs/mhc/checkpoints served/
+    tools/convert_checkpoint.py verify     served/
+
+docs/checkpoints.md has an example of each command. A result appears whole or not at all; a command
+that was stopped goes on where it was when it is given again. Bad input ends with one sentence and
+exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+_ROOT = Path(__file__).resolve().parents[1]
+for _path in (_ROOT / "kernels", _ROOT):
+    if str(_path) not in sys.path:
+        sys.path.insert(0, str(_path))
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+import torch  # noqa: E402
+from mhc_megatron.checkpoint import convert  # noqa: E402
+from mhc_megatron.errors import UserError  # noqa: E402
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0, or 2 with one sentence on stderr."""
+    options = parser().parse_args(argv)
+    warnings.filterwarnings("ignore")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return options.run(options) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _interrupt(signum, frame) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def parser() -> Parser:
+    """The command line."""
+    top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in COMMANDS:
+        add(commands)
+    return top
+
+
+def _command(
+    commands, name: str, run: Callable, help: str, *, output: bool = True
+) -> argparse.ArgumentParser:
+    sub = commands.add_parser(name, help=help, description=help)
+    sub.set_defaults(run=run)
+    if output:
+        sub.add_argument("source", type=Path, help="folder to read")
+        sub.add_argument("out", type=Path, help="folder to make")
+        _running(sub)
+    return sub
+
+
+def _running(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--workers", type=int, default=1, metavar="N", help="processes that write")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _dtype(sub: argparse.ArgumentParser, *names: str) -> None:
+    sub.add_argument("--dtype", choices=names, help="cast weights; the error is reported")
+
+
+def _write(plan: convert.Plan, options: argparse.Namespace) -> None:
+    errors = convert.run(plan, options.out, workers=options.workers, quiet=options.quiet)
+    print(f"wrote {options.out}: {len(plan.outputs)} tensors, {plan.nbytes / 1e9:.3f} GB")
+    if errors:
+        worst = max(errors, key=lambda key: errors[key].relative)
+        total = convert.CastError(
+            sum(e.error for e in errors.values()), sum(e.norm for e in errors.values())
+        )
+        print(
+            f"cast of {len(errors)} tensors: relative error {total.relative:.2e}, "
+            f"largest {errors[worst].relative:.2e} ({worst})"
+        )
+
+
+def _add_import_hf(commands) -> None:
+    sub = _command(commands, "import-hf", import_hf, "Hugging Face safetensors -> torch_dist")
+    _dtype(sub, "fp32", "bf16", "fp16")
+    sub.add_argument(
+        "--transformer-impl",
+        choices=("local", "transformer_engine"),
+        default=_default_impl(),
+        help="whose names the norms of latent attention get (default: what is installed)",
+    )
+
+
+def _default_impl() -> str:
+    import importlib.util
+
+    return "transformer_engine" if importlib.util.find_spec("transformer_engine") else "local"
+
+
+def import_hf(options: argparse.Namespace) -> None:
+    """``import-hf``."""
+    from mhc_megatron.checkpoint.huggingface import import_plan
+
+    convert.check_target(options.out)
+    plan = import_plan(
+        options.source,
+        dtype=DTYPES.get(options.dtype),
+        transformer_impl=options.transformer_impl,
+    )
+    _write(plan, options)
+
+
+def _add_export_hf(commands) -> None:
+    sub = _command(commands, "export-hf", export_hf, "torch_dist -> Hugging Face safetensors")
+    _dtype(sub, *DTYPES)
+    sub.add_argument(
+        "--hf-config", type=Path, metavar="DIR", help="folder with config.json and tokenizer to keep"
+    )
+    sub.add_argument("--vocab-size", type=int, help="rows of the embedding that are not padding")
+
+
+def export_hf(options: argparse.Namespace) -> None:
+    """``export-hf``."""
+    from mhc_megatron.checkpoint.huggingface import export_plan
+
+    convert.check_target(options.out)
+    plan = export_plan(
+        options.source,
+        dtype=DTYPES.get(options.dtype),
+        hf_config=options.hf_config,
+        vocab_size=options.vocab_size,
+    )
+    _write(plan, options)
+
+
+COMMANDS = [_add_import_hf, _add_export_hf]
+
+if __name__ == "__main__":
+    sys.exit(main())
