@@ -212,7 +212,8 @@ def _latent_attention(args: Namespace) -> tuple[Part, ...]:
     up = rank_kv * heads * (args.qk_head_dim + args.v_head_dim)
     out = heads * args.v_head_dim * C
     down = C * (rank_kv + args.qk_pos_emb_head_dim) + (C * rank_q if rank_q else 0)
-    norms = _norm(args, rank_kv) + (_norm(args, rank_q) if rank_q else 0)
+    # Without a rank of their own, Megatron norms the queries' input again (mla_qk_norm_config.py).
+    norms = _norm(args, rank_kv) + _norm(args, rank_q or C)
     return (
         # Megatron keeps the down-projections whole on every tensor-parallel rank.
         matrices("attention", split=(rank_q or C) * query + up + out, whole=down),

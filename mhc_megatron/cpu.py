@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import functools
 import os
 import time
 from typing import Any
@@ -283,7 +285,11 @@ def _patch_megatron() -> None:
     """The few places in Megatron that no stand-in of ``torch.cuda`` reaches."""
     from megatron.core.models.hybrid import hybrid_block
     from megatron.core.tensor_parallel import random as megatron_random
-    from megatron.core.transformer import dot_product_attention, torch_norm
+    from megatron.core.transformer import (
+        dot_product_attention,
+        mla_qk_norm_config,
+        torch_norm,
+    )
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     # tensor_parallel/random.py:104,135 reach for torch.cuda's generators through private calls.
@@ -307,6 +313,43 @@ def _patch_megatron() -> None:
     # Transformer Engine's attention takes (dot_product_attention.py:46).
     attention = dot_product_attention.DotProductAttention
     _replace(attention, "__init__", _attention_with_channels(attention.__init__))
+    # transformer/mla_qk_norm_config.py:259 refuses --qk-layernorm without a query rank, unless a
+    # layer has norm and projection in one, as Transformer Engine's has.
+    resolver = mla_qk_norm_config.QKNormConfigResolver
+    _replace(resolver, "resolve", _with_normed_queries(resolver.resolve))
+
+
+def _with_normed_queries(resolve):
+    """``QKNormConfigResolver.resolve`` that has a projection with a norm for full-rank queries."""
+
+    def resolved(self):
+        if self.config.qk_layernorm and not self.has_q_lora and not self.fused_norm_linear_impl:
+            self.submodules = dataclasses.replace(self.submodules, q_layernorm=None)
+            self.fused_norm_linear_impl = _normed_linear()
+        return resolve(self)
+
+    return resolved
+
+
+@functools.cache
+def _normed_linear():
+    """Transformer Engine's TELayerNormColumnParallelLinear, of an RMSNorm and in its names."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    class NormedLinear(ColumnParallelLinear):
+        def __init__(self, input_size: int, output_size: int, *, config, **kwargs: Any) -> None:
+            super().__init__(input_size, output_size, config=config, **kwargs)
+            weight = torch.ones(input_size, dtype=config.params_dtype)
+            self.layer_norm_weight = torch.nn.Parameter(weight)
+            self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+            self.eps = config.layernorm_epsilon
+
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any):
+            shape = self.layer_norm_weight.shape
+            x = torch.nn.functional.rms_norm(x, shape, self.layer_norm_weight, self.eps)
+            return super().forward(x, *args, **kwargs)
+
+    return NormedLinear
 
 
 class _NoFP8:

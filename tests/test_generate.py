@@ -31,7 +31,7 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "latent": (1, LATENT + EXPERTS),
     "tensor": (2, ("tensor-model-parallel-size=2", "sequence-parallel=true",
                    "group-query-attention=true", "num-query-groups=2")),  # fmt: skip
-    "half": (1, ("bf16=true",)),
+    "half": (1, ("bf16=true", "use-distributed-optimizer=true", "mhc.lr-mult=0.5")),
     "residual": (1, ("mhc.variant=none",)),
 }
 
@@ -131,9 +131,9 @@ def damage(run: Path, into: Path) -> dict[str, Path]:
 def test_bad_checkpoints_end_in_one_sentence(cluster: Cluster, runs, tmp_path: Path) -> None:
     folders = damage(runs("dense"), tmp_path) | {"none": tmp_path / "none"}
     said = {
-        "truncated": "is damaged",
+        "truncated": "is damaged: __0_0.distcp has",
         "metadata": "is damaged",
-        "file": "is damaged",
+        "file": "is damaged: __0_0.distcp has 0 bytes",
         "tracker": "must hold the number of a step, not 'soon'",
         "lost": "there is no checkpoint of step 3",
         "none": "there is no checkpoint in",
