@@ -92,6 +92,12 @@ ARGUMENTS: dict[str, Any] = {
     "no-rope-fusion": True,
     "no-gradient-accumulation-fusion": True,
     "no-persist-layer-norm": True,
+    "moe-grouped-gemm": False,
+    "moe-permute-fusion": False,
+    # Half-precision moments are Transformer Engine's.
+    "use-precision-aware-optimizer": False,
+    "exp-avg-dtype": "fp32",
+    "exp-avg-sq-dtype": "fp32",
 }
 
 
