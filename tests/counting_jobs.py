@@ -125,3 +125,19 @@ def owned(job: dict[str, Any]) -> tuple[int, int]:
             parameters += sum(p.numel() for p in model.parameters())
     stage = footprints(args, settings.mhc)[parallel_state.get_pipeline_model_parallel_rank()]
     return stage.parameters, parameters
+
+
+def plan(job: dict[str, Any]) -> tuple[int, str, str]:
+    """tools/plan.py: exit code, stdout, stderr."""
+    import contextlib
+    import io
+
+    from tools.plan import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(job["arguments"])
+        except SystemExit as error:
+            code = int(error.code or 0)
+    return code, out.getvalue(), err.getvalue()

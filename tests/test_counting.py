@@ -139,12 +139,12 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
             "decoder-last-pipeline-num-layers": 10, "global-batch-size": 512,
         },
     ),
-    "experts": ("mhc-3b", 4, {"expert-model-parallel-size": 4}),
+    "experts": ("mhc-3b", 2, {"expert-model-parallel-size": 2}),
     "prediction apart from the loss": (
-        "deepseek-v3-671b", 4, {
+        "deepseek-v3-671b", 2, {
             "num-layers": 4, "moe-layer-freq": "([0]*3+[1]*1)", "num-experts": 16,
             "moe-router-group-topk": 4, "pipeline-model-parallel-size": 2,
-            "pipeline-model-parallel-layout": "Ett|t|tm|L", "expert-model-parallel-size": 2,
+            "pipeline-model-parallel-layout": "Ett|t|tm|L", "expert-model-parallel-size": 1,
         },
     ),
 }  # fmt: skip
