@@ -8,7 +8,8 @@ connection reads before the norm and takes the place of the bias-dropout-add::
     x_next = write(x, dropout(y + bias))      H_res x + H_post^T y
 
 H_post and H_res are functions of x too; they are made with u and wait in the connection between
-the two calls.
+the two calls. Where the sublayer that follows is known (``followed_by``), its read is made together
+with the write, in one pass over memory (``mhc_post_pre``), and waits there for the x it belongs to.
 """
 
 from __future__ import annotations
@@ -16,15 +17,35 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
-from mhc_kernels import mhc_post, mhc_pre, reference
+import mhc_kernels
+from mhc_kernels import reference
 from torch import Tensor, nn
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.streams import keep_fp32, mark
+
+
+class Write(NamedTuple):
+    """What the write of a sublayer needs besides x: its output and its coefficients."""
+
+    y: Tensor
+    y_bias: Tensor | None
+    H_post: Tensor
+    H_res: Tensor | None
+
+
+class Read(NamedTuple):
+    """A read that was made ahead, and the streams [s, b, n*C] it belongs to."""
+
+    x: Tensor
+    u: Tensor
+    H_post: Tensor
+    H_res: Tensor | None
 
 
 class HyperConnection(nn.Module):
@@ -62,6 +83,8 @@ class HyperConnection(nn.Module):
         mark(self, sequence_parallel)
         self.reset_parameters()
         self._coefficients: tuple[Tensor, Tensor | None] | None = None
+        self._read_ahead: Read | None = None
+        self._following: tuple[HyperConnection, ...] = ()
         #: Of the sublayer's norm, where layer_spec.recompute_norm drops its output.
         self.norm_checkpoint: CheckpointWithoutOutput | None = None
         #: Called with (self, H_res) at every read while set; stability.py sets it.
@@ -78,16 +101,25 @@ class HyperConnection(nn.Module):
         self.alpha.fill_(self.mhc.alpha)
         self.bias.copy_(initial_bias(self.mhc, self.index))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The read. x [s, b, n*C] -> u [s, b, C]; keeps H_post, H_res for the write."""
-        u, H_post, H_res = self._pre(
-            x.unflatten(-1, (self.n, self.C)),
-            self.phi,
-            self.alpha,
-            self.bias,
-            variant=self.mhc.variant,
-            iterations=self.mhc.sinkhorn_iterations,
-            eps=self.mhc.norm_eps,
+    def followed_by(self, connection: HyperConnection) -> None:
+        """Make ``connection``'s read together with this write.
+
+        For two sublayers of one pipeline stage with nothing between them, neither of which is
+        recomputed without the other. (A tuple, so that it is not registered as a submodule.)
+        """
+        self._following = (connection,)
+
+    def forward(self, x: Tensor, before: Write | None = None) -> Tensor:
+        """The read: x [s, b, n*C] -> u [s, b, C]; keeps H_post, H_res for the write.
+
+        With ``before``, the write of the sublayer before comes first: x is that sublayer's, the
+        result is x_next [s, b, n*C], and u is kept for the read of it. Both go through ``forward``
+        so that the hooks which gather parameters (``overlap_param_gather``) run first.
+        """
+        if before is not None:
+            return self._write_and_read(x, before)
+        u, H_post, H_res = self._take_read_ahead(x) or self._ops.mhc_pre(
+            self._split(x), *self._parameters_of_read(), **self._options()
         )
         self._coefficients = H_post, H_res
         if self.observer is not None:
@@ -108,19 +140,56 @@ class HyperConnection(nn.Module):
             if training and p > 0:
                 y = F.dropout(y if y_bias is None else y + y_bias, p=p)
                 y_bias = None
-            H_post, H_res = self._take_coefficients()
-            x = x.unflatten(-1, (self.n, self.C))
-            return self._post(x, y, H_post, H_res, y_bias=y_bias).flatten(-2)
+            write = Write(y.to(x.dtype), y_bias, *self._take_coefficients())
+            if self._following:
+                return self._following[0](x, before=write)
+            return self._ops.mhc_post(
+                self._split(x), write.y, write.H_post, write.H_res, y_bias=y_bias
+            ).flatten(-2)
 
         return post
 
-    @property
-    def _pre(self):
-        return reference.mhc_pre if self.mhc.kernels == "reference" else mhc_pre
+    def _write_and_read(self, x: Tensor, before: Write) -> Tensor:
+        x_next, u, H_post, H_res = self._ops.mhc_post_pre(
+            self._split(x),
+            before.y,
+            before.H_post,
+            before.H_res,
+            *self._parameters_of_read(),
+            y_bias=before.y_bias,
+            **self._options(),
+        )
+        x_next = x_next.flatten(-2)
+        self._read_ahead = Read(x_next, u, H_post, H_res)
+        return x_next
+
+    def _take_read_ahead(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """The read that was made ahead, if it was made of ``x``.
+
+        Megatron may hand on another tensor object of the same memory (``make_viewless_tensor``). The
+        memory cannot have become another tensor's: the read ahead holds it.
+        """
+        ahead, self._read_ahead = self._read_ahead, None
+        if ahead is None or ahead.x.data_ptr() != x.data_ptr() or ahead.x.shape != x.shape:
+            return None
+        return ahead.u, ahead.H_post, ahead.H_res
 
     @property
-    def _post(self):
-        return reference.mhc_post if self.mhc.kernels == "reference" else mhc_post
+    def _ops(self):
+        return reference if self.mhc.kernels == "reference" else mhc_kernels
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n, self.C))
+
+    def _parameters_of_read(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.phi, self.alpha, self.bias
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "variant": self.mhc.variant,
+            "iterations": self.mhc.sinkhorn_iterations,
+            "eps": self.mhc.norm_eps,
+        }
 
     def _take_coefficients(self) -> tuple[Tensor, Tensor | None]:
         if self._coefficients is None:

@@ -80,9 +80,9 @@ def mhc_layer_spec(
         )
     if isinstance(spec, ModuleSpec) and issubclass(spec.module, HybridStack):
         return _hybrid_stack(spec, mhc)
-    block = _get_block_submodules(config, spec, vp_stage)
+    block, chain = _get_block_submodules(config, spec, vp_stage), Chain()
     return TransformerBlockSubmodules(
-        layer_specs=[_layer(layer, mhc) for layer in block.layer_specs or []],
+        layer_specs=[_layer(layer, mhc, chain=chain) for layer in block.layer_specs or []],
         layer_norm=block.layer_norm and _final_norm(block.layer_norm, mhc),
     )
 
@@ -100,7 +100,36 @@ def check_config(config: TransformerConfig) -> None:
         )
 
 
-def _layer(spec: ModuleSpec, mhc: MHCConfig, stacked: bool = False) -> ModuleSpec:
+class Chain:
+    """The connections of a block, as its layers are built one after the other.
+
+    Each learns which one follows it, so that a write and the next read are one launch. Not across
+    layers that Megatron recomputes, captures or schedules one by one: a read made ahead would
+    leave the layer's boundary beside its output.
+    """
+
+    def __init__(self) -> None:
+        self._last: HyperConnection | None = None
+
+    def append(self, connection: HyperConnection, config: TransformerConfig) -> None:
+        """The next connection; the first of a new model where it does not follow the last."""
+        last, self._last = self._last, connection
+        if last is None or connection.index != last.index + 1:
+            return
+        new_layer = connection.index % 2 == 0
+        alone = (
+            config.recompute_granularity == "full"
+            or config.cuda_graph_impl != "none"
+            or config.overlap_moe_expert_parallel_comm
+            or config.cpu_offloading
+        )
+        if not (new_layer and alone):
+            last.followed_by(connection)
+
+
+def _layer(
+    spec: ModuleSpec, mhc: MHCConfig, stacked: bool = False, chain: Chain | None = None
+) -> ModuleSpec:
     if issubclass(spec.module, HyperConnectedLayer):
         return spec
     if not issubclass(spec.module, TransformerLayer):
@@ -110,7 +139,7 @@ def _layer(spec: ModuleSpec, mhc: MHCConfig, stacked: bool = False) -> ModuleSpe
         )
     spec = copy.copy(spec)
     spec.module = hyper_connected(spec.module)
-    spec.params = {**(spec.params or {}), "mhc": mhc, "stacked": stacked}
+    spec.params = {**(spec.params or {}), "mhc": mhc, "stacked": stacked, "chain": chain}
     return spec
 
 
@@ -214,6 +243,7 @@ class HyperConnectedLayer(MegatronModule):
         *args,
         mhc: MHCConfig,
         stacked: bool = False,
+        chain: Chain | None = None,
         **kwargs,
     ) -> None:
         super().__init__(config, *args, **kwargs)
@@ -235,6 +265,10 @@ class HyperConnectedLayer(MegatronModule):
                 self.recompute_pre_mlp_layernorm = False
                 recompute_norm(self.pre_mlp_layernorm, self.mlp_hc, config)
             self.mlp_bda = self.mlp_hc.write
+        chain = chain or Chain()
+        for connection in (getattr(self, name, None) for name in ("attn_hc", "mlp_hc")):
+            if connection is not None:
+                chain.append(connection, config)
         self.exit: Exit | None = None
         if self.is_mtp_layer and not stacked:
             self.exit = Exit(mhc, self.C, parameter_device(config), config.sequence_parallel)

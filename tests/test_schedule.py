@@ -23,7 +23,8 @@ def scheduler(steps: dict[float, float], **changes):
         "lr_decay_steps": 100, "lr_decay_style": "constant", "start_wd": 0.1, "end_wd": 0.1,
         "wd_incr_steps": 100, "wd_incr_style": "constant",
     }  # fmt: skip
-    return step_scheduler()(optimizer, steps=steps, **(options | changes)), optimizer.param_groups[0]
+    schedule = step_scheduler()(optimizer, steps=steps, **(options | changes))
+    return schedule, optimizer.param_groups[0]
 
 
 def test_warmup_then_steps() -> None:

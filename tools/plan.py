@@ -222,10 +222,10 @@ def _stages(plan: dict[str, Any]) -> str:
         [
             "one GPU of each pipeline stage, GiB",
             *(f"  {line}" for line in lines),
-            "  'together' is weights, gradients and optimizer; 'width C' to 'recomputed' is the",
-            "  residual stream alone, of all microbatches in flight: stored before each sublayer at",
-            "  width C, at width n*C, and with Eq. (20)'s blocks of L_r sublayers. Activations within",
-            "  attention, MLP and experts come on top.",
+            "  'together' is weights, gradients and optimizer. 'width C' to 'recomputed' is the",
+            "  residual stream alone, of all microbatches in flight: stored before each sublayer",
+            "  at width C, at width n*C, and with Eq. (20)'s blocks of L_r sublayers. Activations",
+            "  within attention, MLP and experts come on top.",
         ]
     )
 
