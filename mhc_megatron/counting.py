@@ -29,7 +29,8 @@ class Part:
     """Parameters of one part of a model, by how a parallel layout spreads them.
 
     Attributes:
-        name: attention, dense, router, experts, shared, norms, connections, embedding, output, mtp.
+        name: attention, dense, router, experts, shared, norms, connections, embedding, output or
+            mtp.
         split: over tensor-parallel ranks.
         whole: on every rank of a stage.
         expert: over expert- and expert-tensor-parallel ranks.

@@ -1,8 +1,8 @@
 """What a layout asks of each GPU: weights, optimizer, residual streams, and bytes between stages.
 
-Arithmetic on ``counting.model``'s items, without building anything. It covers what hyper-connections
-and the layout decide; the activations inside attention, MLP and experts, which recompute settings
-and Transformer Engine decide, are not in it.
+Arithmetic on ``counting.model``'s items, without building anything. It covers what
+hyper-connections and the layout decide; the activations inside attention, MLP and experts, which
+recompute settings and Transformer Engine decide, are not in it.
 """
 
 from __future__ import annotations

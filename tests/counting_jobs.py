@@ -37,7 +37,7 @@ def _arguments(job: dict[str, Any], world: int | None = None):
 
 
 def counted(job: dict[str, Any]) -> dict[str, Any]:
-    """By formula, with the configuration's own layout; Megatron's own count of FLOPs a token too."""
+    """By formula, with the configuration's own layout; Megatron's own FLOPs a token too."""
     from megatron.training.training import num_floating_point_operations
     from mhc_megatron.counting import count, flops
 

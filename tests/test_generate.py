@@ -1,4 +1,4 @@
-"""tools/generate.py: the cache changes nothing, any layout's checkpoint loads, bad input is named."""
+"""tools/generate.py: the cache changes nothing, any layout's checkpoint loads, bad input."""
 
 from __future__ import annotations
 
