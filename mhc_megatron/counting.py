@@ -68,8 +68,8 @@ class Item:
     """A piece of a pipeline stage.
 
     Attributes:
-        kind: ``embedding``, ``decoder``, ``mtp`` or ``loss``, as Megatron's LayerType names them, or
-            ``final``: the streams' exit and the norm after it.
+        kind: ``embedding``, ``decoder``, ``mtp`` or ``loss``, as Megatron's LayerType names them,
+            or ``final``: the streams' exit and the norm after it.
         parts: its parameters.
         sublayers: residual functions in it, each with a connection.
     """
