@@ -83,7 +83,7 @@ def _run(settings: Settings, console: TextIO | None) -> None:
 
     _single_process_environment()
     values = _defaults(settings) | settings.megatron
-    if not torch.cuda.is_available():
+    if cpu.enabled() or not torch.cuda.is_available():
         cpu.enable()
         values |= cpu.ARGUMENTS
     args = parse(values)

@@ -6,6 +6,8 @@ sequence- and pipeline-parallel code of Megatron sees an ordinary, wider hidden 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from mhc_kernels.reference import project
 from torch import Tensor, nn
@@ -44,8 +46,7 @@ class Exit(nn.Module):
             options = {"dtype": torch.float32, "device": device}
             self.phi = nn.Parameter(torch.zeros(mhc.n, mhc.n * hidden_size, **options))
             self.alpha = nn.Parameter(torch.full((1,), mhc.alpha, **options))
-            bias = -torch.log(torch.tensor(float(mhc.n - 1)))
-            self.bias = nn.Parameter(torch.full((mhc.n,), bias.item(), **options))
+            self.bias = nn.Parameter(torch.full((mhc.n,), -math.log(mhc.n - 1), **options))
             mark(self, sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
