@@ -85,6 +85,7 @@ class HyperConnection(nn.Module):
             variant=self.mhc.variant,
             iterations=self.mhc.sinkhorn_iterations,
             eps=self.mhc.norm_eps,
+            **({} if self.mhc.sinkhorn == "paper" else {"sinkhorn_kind": self.mhc.sinkhorn}),
         )
         self._coefficients = H_post, H_res
         if self.observer is not None:
@@ -110,7 +111,8 @@ class HyperConnection(nn.Module):
 
     @property
     def _pre(self):
-        return reference.mhc_pre if self.mhc.kernels == "reference" else mhc_pre
+        eager = self.mhc.kernels == "reference" or self.mhc.sinkhorn != "paper"
+        return reference.mhc_pre if eager else mhc_pre
 
     @property
     def _post(self):
