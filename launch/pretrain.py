@@ -29,7 +29,7 @@ for _path in (os.path.join(_ROOT, "kernels"), _ROOT):
     if _path not in sys.path:
         sys.path.insert(0, _path)
 
-from launch.settings import Settings, load, megatron_argv, megatron_errors  # noqa: E402
+from launch.settings import Settings, load, parse  # noqa: E402
 from mhc_megatron.errors import UserError  # noqa: E402
 
 
@@ -86,13 +86,15 @@ def _run(settings: Settings, console: TextIO | None) -> None:
     if not torch.cuda.is_available():
         cpu.enable()
         values |= cpu.ARGUMENTS
-    args = _parse(values)
+    args = parse(values)
     args.mhc = settings.mhc.to_mapping()  # travels in the checkpoint, to be compared on loading
 
     from mhc_megatron.observer import Observer
+    from mhc_megatron.schedule import decay_in_steps
     from mhc_megatron.training import check_arguments, pretrain
 
     check_arguments(args)
+    decay_in_steps(settings.run.lr_steps, args)
     _save_on_interrupt()
     seen = console if args.rank == args.world_size - 1 else None
     observer = Observer(
@@ -124,20 +126,6 @@ def _defaults(settings: Settings) -> dict[str, Any]:
             "no-masked-softmax-fusion": True,
         }
     return values
-
-
-def _parse(values: dict[str, Any]) -> argparse.Namespace:
-    """Megatron's own parsing and checks of ``values``."""
-    from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
-
-    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
-    words = megatron_argv(values, parser)
-    saved, sys.argv = sys.argv, [sys.argv[0], *words]
-    try:
-        with megatron_errors():
-            return parse_and_validate_args()
-    finally:
-        sys.argv = saved
 
 
 def _prepare_output(run_dir: str, verbose: bool) -> TextIO:

@@ -12,6 +12,7 @@ import dataclasses
 import io
 import os
 import re
+import sys
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import Any
 import yaml
 from mhc_megatron.config import MHCConfig, nearest
 from mhc_megatron.errors import UserError
+from mhc_megatron.schedule import check_steps
 
 
 @dataclass
@@ -30,11 +32,17 @@ class RunSettings:
         name: of the run, in its report; the configuration's file name by default.
         dir: the run's folder: checkpoints, logs, TensorBoard events, metrics.jsonl.
         stability_interval: steps between stability records; 0 for none.
+        gpus: GPUs that the parallel layout was chosen for; tools/plan.py's default, 0 where the
+            file does not say. A run may have any number that the layout divides.
+        lr_steps: the decay of the learning rate in steps, as ``mhc_megatron.schedule`` takes it:
+            ``{0.8: 0.316, 0.9: 0.1}``.
     """
 
     name: str = ""
     dir: str = ""
     stability_interval: int = 100
+    gpus: int = 0
+    lr_steps: dict[float, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -123,7 +131,7 @@ def _apply(values: dict[str, Any], change: str) -> None:
 
 
 def _run_settings(values: Mapping[str, Any]) -> RunSettings:
-    known = {f.name: type(f.default) for f in dataclasses.fields(RunSettings)}
+    known = {name: type(value) for name, value in vars(RunSettings()).items()}
     given = {str(key).replace("-", "_"): value for key, value in values.items()}
     for key, value in given.items():
         if key not in known:
@@ -131,9 +139,36 @@ def _run_settings(values: Mapping[str, Any]) -> RunSettings:
         if type(value) is not known[key]:
             raise UserError(f"run: {key} must be of type {known[key].__name__}, not {value!r}.")
     settings = RunSettings(**given)
-    if settings.stability_interval < 0:
-        raise UserError("run: stability_interval must not be negative.")
+    for key in ("stability_interval", "gpus"):
+        if getattr(settings, key) < 0:
+            raise UserError(f"run: {key} must not be negative.")
+    check_steps(settings.lr_steps)
     return settings
+
+
+def parse(values: Mapping[str, Any]) -> argparse.Namespace:
+    """Megatron's own parsing and checks of ``values``.
+
+    The world size is the environment's (WORLD_SIZE). On a machine without a GPU,
+    ``mhc_megatron.cpu.enable()`` comes first.
+
+    Raises:
+        UserError: an unknown key, a wrong value, settings that contradict each other.
+    """
+    from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
+
+    # Megatron insists on one hardware queue where kernels must start in the order of their launch
+    # (tensor and context parallelism, before Blackwell), and on several where all-to-alls overlap.
+    overlap = values.get("overlap-moe-expert-parallel-comm")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32" if overlap else "1")
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
+    words = megatron_argv(values, parser)
+    saved, sys.argv = sys.argv, [sys.argv[0], *words]
+    try:
+        with megatron_errors():
+            return parse_and_validate_args()
+    finally:
+        sys.argv = saved
 
 
 def megatron_argv(values: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[str]:

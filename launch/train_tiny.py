@@ -19,20 +19,23 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 #: Name of the run -> its residual connection. The first is what the report compares with.
 RUNS = {"residual": "none", "mhc": "mhc"}
+#: With --hc also the unconstrained connection, whose gains grow.
+HC = {"hc": "hc"}
 
 
 def main() -> int:
     options = _parser().parse_args()
     began = time.time()
     steps = [("corpus", _corpus_command(options.data))] if _needs_corpus(options.data) else []
-    for name, variant in RUNS.items():
+    runs = RUNS | (HC if options.hc else {})
+    for name, variant in runs.items():
         folder = os.path.join(options.runs, name)
         if not options.set and _is_complete(folder):
             print(f"{name}: already trained in {folder} (remove it to train again)", flush=True)
         else:
             steps.append((name, _pretrain_command(options, name, variant, folder)))
     report = [sys.executable, os.path.join(ROOT, "tools", "report.py")]
-    report += [os.path.join(options.runs, name) for name in RUNS]
+    report += [os.path.join(options.runs, name) for name in runs]
     report += ["--out", os.path.join(options.runs, "report"), "--title", "mHC and plain residuals"]
     steps.append(("report", report))
     for name, command in steps:
@@ -49,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", default=os.path.join(ROOT, "configs", "tiny.yaml"))
     parser.add_argument("--data", default="data/stdlib", metavar="PREFIX", help="indexed corpus")
     parser.add_argument("--runs", default="runs/tiny", metavar="DIR", help="folder of the two runs")
+    parser.add_argument("--hc", action="store_true", help="train the unconstrained variant too")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     return parser
 
@@ -89,7 +93,7 @@ def _run(command: list[str]) -> int:
 
 def _was_stopped(runs: str, name: str) -> bool:
     """Whether the run that just ended was asked to stop before its last iteration."""
-    return name in RUNS and not _is_complete(os.path.join(runs, name))
+    return name in RUNS | HC and not _is_complete(os.path.join(runs, name))
 
 
 def _is_complete(folder: str) -> bool:

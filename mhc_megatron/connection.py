@@ -8,7 +8,8 @@ connection reads before the norm and takes the place of the bias-dropout-add::
     x_next = write(x, dropout(y + bias))      H_res x + H_post^T y
 
 H_post and H_res are functions of x too; they are made with u and wait in the connection between
-the two calls.
+the two calls. Where the sublayer that follows is known (``followed_by``), its read is made together
+with the write, in one pass over memory (``mhc_post_pre``), and waits there for the x it belongs to.
 """
 
 from __future__ import annotations
@@ -16,14 +17,35 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mhc_kernels import mhc_post, mhc_pre, reference
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+import mhc_kernels
+from mhc_kernels import reference
 from torch import Tensor, nn
 
 from mhc_megatron.config import MHCConfig
-from mhc_megatron.streams import keep_fp32
+from mhc_megatron.streams import keep_fp32, mark
+
+
+class Write(NamedTuple):
+    """What the write of a sublayer needs besides x: its output and its coefficients."""
+
+    y: Tensor
+    y_bias: Tensor | None
+    H_post: Tensor
+    H_res: Tensor | None
+
+
+class Read(NamedTuple):
+    """A read that was made ahead, and the streams [s, b, n*C] it belongs to."""
+
+    x: Tensor
+    u: Tensor
+    H_post: Tensor
+    H_res: Tensor | None
 
 
 class HyperConnection(nn.Module):
@@ -58,34 +80,46 @@ class HyperConnection(nn.Module):
         self.phi = nn.Parameter(torch.empty(mhc.K, mhc.n * hidden_size, **options))
         self.alpha = nn.Parameter(torch.empty(mhc.alphas, **options))
         self.bias = nn.Parameter(torch.empty(mhc.K, **options))
-        for parameter in self.parameters():
-            parameter.sequence_parallel = sequence_parallel
-        if self.phi.device.type != "meta":
-            self.reset_parameters()
+        mark(self, sequence_parallel)
+        self.reset_parameters()
         self._coefficients: tuple[Tensor, Tensor | None] | None = None
+        self._read_ahead: Read | None = None
+        self._following: tuple[HyperConnection, ...] = ()
+        #: Of the sublayer's norm, where layer_spec.recompute_norm drops its output.
+        self.norm_checkpoint: CheckpointWithoutOutput | None = None
         #: Called with (self, H_res) at every read while set; stability.py sets it.
         self.observer: Callable[[HyperConnection, Tensor | None], None] | None = None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The initial values that ``MHCConfig`` describes; the same on every rank and layout."""
+        if self.phi.device.type == "meta":
+            return
         digest = hashlib.sha256(f"{self.mhc.seed}/{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         self.phi.copy_(torch.empty(self.phi.shape).normal_(0, self.mhc.init_std, generator=generator))
         self.alpha.fill_(self.mhc.alpha)
         self.bias.copy_(initial_bias(self.mhc, self.index))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The read. x [s, b, n*C] -> u [s, b, C]; keeps H_post, H_res for the write."""
-        u, H_post, H_res = self._pre(
-            x.unflatten(-1, (self.n, self.C)),
-            self.phi,
-            self.alpha,
-            self.bias,
-            variant=self.mhc.variant,
-            iterations=self.mhc.sinkhorn_iterations,
-            eps=self.mhc.norm_eps,
-            **({} if self.mhc.sinkhorn == "paper" else {"sinkhorn_kind": self.mhc.sinkhorn}),
+    def followed_by(self, connection: HyperConnection) -> None:
+        """Make ``connection``'s read together with this write.
+
+        For two sublayers of one pipeline stage with nothing between them, neither of which is
+        recomputed without the other. (A tuple, so that it is not registered as a submodule.)
+        """
+        self._following = (connection,)
+
+    def forward(self, x: Tensor, before: Write | None = None) -> Tensor:
+        """The read: x [s, b, n*C] -> u [s, b, C]; keeps H_post, H_res for the write.
+
+        With ``before``, the write of the sublayer before comes first: x is that sublayer's, the
+        result is x_next [s, b, n*C], and u is kept for the read of it. Both go through ``forward``
+        so that the hooks which gather parameters (``overlap_param_gather``) run first.
+        """
+        if before is not None:
+            return self._write_and_read(x, before)
+        u, H_post, H_res = self._take_read_ahead(x) or self._ops.mhc_pre(
+            self._split(x), *self._parameters_of_read(), **self._options()
         )
         self._coefficients = H_post, H_res
         if self.observer is not None:
@@ -100,23 +134,65 @@ class HyperConnection(nn.Module):
 
         def post(y_with_bias: tuple[Tensor, Tensor | None], x: Tensor, p: float) -> Tensor:
             y, y_bias = y_with_bias
+            if self.norm_checkpoint is not None:
+                self.norm_checkpoint.discard_output_and_register_recompute(y)
+                self.norm_checkpoint = None
             if training and p > 0:
                 y = F.dropout(y if y_bias is None else y + y_bias, p=p)
                 y_bias = None
-            H_post, H_res = self._take_coefficients()
-            x = x.unflatten(-1, (self.n, self.C))
-            return self._post(x, y, H_post, H_res, y_bias=y_bias).flatten(-2)
+            write = Write(y.to(x.dtype), y_bias, *self._take_coefficients())
+            if self._following:
+                return self._following[0](x, before=write)
+            return self._ops.mhc_post(
+                self._split(x), write.y, write.H_post, write.H_res, y_bias=y_bias
+            ).flatten(-2)
 
         return post
 
-    @property
-    def _pre(self):
-        eager = self.mhc.kernels == "reference" or self.mhc.sinkhorn != "paper"
-        return reference.mhc_pre if eager else mhc_pre
+    def _write_and_read(self, x: Tensor, before: Write) -> Tensor:
+        x_next, u, H_post, H_res = self._ops.mhc_post_pre(
+            self._split(x),
+            before.y,
+            before.H_post,
+            before.H_res,
+            *self._parameters_of_read(),
+            y_bias=before.y_bias,
+            **self._options(),
+        )
+        x_next = x_next.flatten(-2)
+        self._read_ahead = Read(x_next, u, H_post, H_res)
+        return x_next
+
+    def _take_read_ahead(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """The read that was made ahead, if it was made of ``x``.
+
+        Megatron may hand on another tensor object of the same memory (``make_viewless_tensor``). The
+        memory cannot have become another tensor's: the read ahead holds it.
+        """
+        ahead, self._read_ahead = self._read_ahead, None
+        if ahead is None or ahead.x.data_ptr() != x.data_ptr() or ahead.x.shape != x.shape:
+            return None
+        return ahead.u, ahead.H_post, ahead.H_res
 
     @property
-    def _post(self):
-        return reference.mhc_post if self.mhc.kernels == "reference" else mhc_post
+    def _ops(self):
+        # The fused kernels know Eq. (9) alone.
+        eager = self.mhc.kernels == "reference" or self.mhc.sinkhorn != "paper"
+        return reference if eager else mhc_kernels
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n, self.C))
+
+    def _parameters_of_read(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.phi, self.alpha, self.bias
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "variant": self.mhc.variant,
+            "iterations": self.mhc.sinkhorn_iterations,
+            "eps": self.mhc.norm_eps,
+            **({} if self.mhc.sinkhorn == "paper" else {"sinkhorn_kind": self.mhc.sinkhorn}),
+        }
 
     def _take_coefficients(self) -> tuple[Tensor, Tensor | None]:
         if self._coefficients is None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch.utils.data
 from torch.overrides import TorchFunctionMode
 
 _mode: _CudaIsCpu | None = None
@@ -50,6 +51,7 @@ def enable() -> None:
     _stand_in_for_cuda()
     _mode = _CudaIsCpu()
     _mode.__enter__()
+    _stay_during_backward(_mode)
     _patch_megatron()
 
 
@@ -113,6 +115,21 @@ class _CudaIsCpu(TorchFunctionMode):
         if func is torch.Tensor.to and any(_is_cuda(a) for a in args[1:]):
             args = (args[0], *(torch.device("cpu") if _is_cuda(a) else a for a in args[1:]))
         return func(*args, **kwargs)
+
+
+def _stay_during_backward(mode: TorchFunctionMode) -> None:
+    """Keep ``mode`` on in a backward pass that Python starts.
+
+    A mode is off while it handles a call, here ``torch.autograd.backward``; what recomputation runs
+    inside (core/tensor_parallel/random.py:656) makes CUDA tensors.
+    """
+    run = torch.autograd._engine_run_backward
+
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return run(*args, **kwargs)
+
+    _replace(torch.autograd, "_engine_run_backward", run_backward)
 
 
 def _is_cuda(device: Any) -> bool:
@@ -233,8 +250,21 @@ def _stand_in_for_cuda() -> None:
     _replace(torch.Tensor, "record_stream", _nothing())
     # training/datasets/data_samplers.py
     _replace(torch.Tensor, "pin_memory", lambda tensor, *device: tensor)
+    # A loader draws a seed from the CPU's generator whenever it starts. On a GPU dropout has another
+    # generator; here it is the same one, and a resumed run, which starts its loaders anew, would
+    # part from one that was never stopped.
+    loader = torch.utils.data.DataLoader
+    _replace(loader, "__init__", _with_own_generator(loader.__init__))
     # tensor_parallel/random.py:66 sets the generator's state through the default generators.
     _replace(torch.cuda, "default_generators", (torch.default_generator,))
+
+
+def _with_own_generator(init):
+    def own(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("generator", torch.Generator())
+        init(self, *args, **kwargs)
+
+    return own
 
 
 def _nothing():
@@ -251,8 +281,9 @@ class _NoMemory(dict):
 
 def _patch_megatron() -> None:
     """The few places in Megatron that no stand-in of ``torch.cuda`` reaches."""
+    from megatron.core.models.hybrid import hybrid_block
     from megatron.core.tensor_parallel import random as megatron_random
-    from megatron.core.transformer import torch_norm
+    from megatron.core.transformer import dot_product_attention, torch_norm
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     # tensor_parallel/random.py:104,135 reach for torch.cuda's generators through private calls.
@@ -263,7 +294,45 @@ def _patch_megatron() -> None:
     _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _move_to_cpu)
     # transformer/torch_norm.py:50 refuses sequence parallelism, the only norm without CUDA.
     build = torch_norm.WrappedTorchNorm.__new__
-    _replace(torch_norm.WrappedTorchNorm, "__new__", _sequence_parallel_norm(build))
+    _replace(torch_norm.WrappedTorchNorm, "__new__", _norm_like_the_fused(build))
+    # models/hybrid/hybrid_block.py:167 makes the final norm of a HybridModel with Transformer Engine.
+    _replace(hybrid_block, "TENorm", torch_norm.WrappedTorchNorm)
+    # tensor_parallel/random.py:69 compiles a C++ extension that swaps pointers; here a copy does.
+    _replace(megatron_random, "_get_share_storage", lambda: _share_storage)
+    # Without Transformer Engine random.py:693 and :796 miss these names.
+    _replace(megatron_random, "FP8GlobalStateManager", _NoFP8)
+    for name in ("fp8_autocast", "activation_recompute_forward"):
+        _replace(megatron_random, name, lambda **kwargs: contextlib.nullcontext())
+    # transformer/multi_latent_attention.py names the channels of keys and values, which only
+    # Transformer Engine's attention takes (dot_product_attention.py:46).
+    attention = dot_product_attention.DotProductAttention
+    _replace(attention, "__init__", _attention_with_channels(attention.__init__))
+
+
+class _NoFP8:
+    """What ``FP8GlobalStateManager`` answers where there is no fp8."""
+
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        return False
+
+
+def _attention_with_channels(build):
+    """``DotProductAttention.__init__`` that takes ``k_channels`` and ``v_channels``."""
+
+    def __init__(self, config, *args: Any, k_channels=None, v_channels=None, **kwargs: Any) -> None:
+        build(self, config, *args, **kwargs)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    return __init__
+
+
+def _share_storage(output: torch.Tensor, recomputed: torch.Tensor) -> None:
+    """Give ``output``, whose storage was resized to nothing, the values of ``recomputed``."""
+    storage = output.untyped_storage()
+    storage.resize_(recomputed.untyped_storage().nbytes())
+    storage.copy_(recomputed.untyped_storage())
 
 
 def _get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False):
@@ -278,17 +347,20 @@ def _move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = Fals
     return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
 
 
-def _sequence_parallel_norm(build):
-    """Megatron's torch norm, marked so that its weight's gradient is added over the TP ranks."""
+def _norm_like_the_fused(build):
+    """Megatron's torch norm with two things that Apex's and Transformer Engine's do.
+
+    Under sequence parallelism the weight is marked, so that its gradient is added over the TP
+    ranks; the output has the weight's dtype (``fp32_residual_connection`` reads float32).
+    """
 
     def new(cls, config, *args: Any, **kwargs: Any):
-        if not config.sequence_parallel:
-            return build(cls, config, *args, **kwargs)
         plain = copy.copy(config)
         plain.sequence_parallel = False
         norm = build(cls, plain, *args, **kwargs)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = True
+            parameter.sequence_parallel = config.sequence_parallel
+        norm.register_forward_hook(lambda norm, inputs, out: out.to(norm.weight.dtype))
         return norm
 
     return new

@@ -8,17 +8,28 @@ Leans on megatron-core 0.19.2, transformer/transformer_layer.py:
   norm. So a read before each norm and a write in each ``*_bda`` is all; attention, MLP, MoE and
   MLA stay as they are, local or Transformer Engine.
 - ``TransformerBlockSubmodules.layer_norm`` builds the final norm, before which the streams leave.
+- A ``HybridStack`` (models/hybrid/hybrid_block.py, the decoder of HybridModel) has attention and
+  MLP as layers of their own and makes its final norm itself (``final_norm``).
+- A multi-token prediction layer (transformer/multi_token_prediction.py) runs one more layer on
+  states that have left the stack; the streams begin and end within it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 
 import torch
+from megatron.core.models.hybrid.hybrid_block import HybridStack
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -34,57 +45,187 @@ from mhc_megatron.errors import UserError
 from mhc_megatron.streams import Exit, enter
 
 
+Spec = ModuleSpec | TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules
+
+
 def mhc_layer_spec(
-    spec: ModuleSpec | TransformerBlockSubmodules,
+    spec: Spec,
     config: TransformerConfig,
     mhc: MHCConfig,
     vp_stage: int | None = None,
-) -> ModuleSpec | TransformerBlockSubmodules:
-    """A GPT layer spec, or block of them, with hyper-connections.
+) -> Spec:
+    """The same spec with hyper-connections.
 
     Args:
-        spec: of one layer or of a whole block, local or Transformer Engine.
+        spec: of a GPTModel's layer or whole block, local or Transformer Engine; of a HybridModel's
+            stack; or of the multi-token prediction block of either.
         config: the model's; ``num_layers`` and the pipeline layout say how many layers to build.
         mhc: the run's choices. Where it is not enabled, ``spec`` comes back as it is.
         vp_stage: the virtual pipeline stage that is being built.
 
     Returns:
-        Block submodules: a bare layer spec could not say what happens before the final norm.
+        Block submodules for a layer: a bare layer spec could not say what happens before the final
+        norm. Otherwise what was given. With pipeline parallelism the model needs
+        ``mhc_megatron.pipeline.widen_pipeline`` too.
+
+    Raises:
+        UserError: a layer or a setting that hyper-connections do not support.
     """
     if not mhc.enabled:
         return spec
-    block = _get_block_submodules(config, spec, vp_stage)
+    check_config(config)
+    if isinstance(spec, MultiTokenPredictionBlockSubmodules):
+        return MultiTokenPredictionBlockSubmodules(
+            [_mtp_layer(layer, mhc) for layer in spec.layer_specs or []]
+        )
+    if isinstance(spec, ModuleSpec) and issubclass(spec.module, HybridStack):
+        return _hybrid_stack(spec, mhc)
+    block, chain = _get_block_submodules(config, spec, vp_stage), Chain()
     return TransformerBlockSubmodules(
-        layer_specs=[_layer(layer, mhc) for layer in block.layer_specs or []],
+        layer_specs=[_layer(layer, mhc, chain=chain) for layer in block.layer_specs or []],
         layer_norm=block.layer_norm and _final_norm(block.layer_norm, mhc),
     )
 
 
-def _layer(spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
+def check_config(config: TransformerConfig) -> None:
+    """Settings of a model that its connections cannot follow.
+
+    Raises:
+        UserError: with what to change.
+    """
+    if config.inference_fuse_tp_communication:
+        raise UserError(
+            "mhc: inference_fuse_tp_communication adds the residual inside Megatron's kernel, where "
+            "the streams cannot follow; turn it off."
+        )
+
+
+class Chain:
+    """The connections of a block, as its layers are built one after the other.
+
+    Each learns which one follows it, so that a write and the next read are one launch. Not across
+    layers that Megatron recomputes, captures or schedules one by one: a read made ahead would
+    leave the layer's boundary beside its output.
+    """
+
+    def __init__(self) -> None:
+        self._last: HyperConnection | None = None
+
+    def append(self, connection: HyperConnection, config: TransformerConfig) -> None:
+        """The next connection; the first of a new model where it does not follow the last."""
+        last, self._last = self._last, connection
+        if last is None or connection.index != last.index + 1:
+            return
+        new_layer = connection.index % 2 == 0
+        alone = (
+            config.recompute_granularity == "full"
+            or config.cuda_graph_impl != "none"
+            or config.overlap_moe_expert_parallel_comm
+            or config.cpu_offloading
+        )
+        if not (new_layer and alone):
+            last.followed_by(connection)
+
+
+def _layer(
+    spec: ModuleSpec, mhc: MHCConfig, stacked: bool = False, chain: Chain | None = None
+) -> ModuleSpec:
+    if issubclass(spec.module, HyperConnectedLayer):
+        return spec
     if not issubclass(spec.module, TransformerLayer):
         raise UserError(
             f"mhc: layers of class {spec.module.__name__} are not supported; "
             "a spec's layers must be Megatron's TransformerLayer or subclasses of it."
         )
     spec = copy.copy(spec)
-    spec.module, spec.params = hyper_connected(spec.module), {**(spec.params or {}), "mhc": mhc}
+    spec.module = hyper_connected(spec.module)
+    spec.params = {**(spec.params or {}), "mhc": mhc, "stacked": stacked, "chain": chain}
     return spec
 
 
-def _final_norm(builder, mhc: MHCConfig):
-    """A builder whose norm first lets the streams leave.
+def _mtp_layer(spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
+    spec, layer = copy.copy(spec), spec.submodules.mtp_model_layer
+    spec.submodules = dataclasses.replace(spec.submodules, mtp_model_layer=_layer(layer, mhc))
+    return spec
 
-    The norm keeps its class and the names of its parameters (``final_layernorm.weight``), so a
-    checkpoint of the residual model fits; a learned exit adds ``final_layernorm.exit.*``.
-    """
+
+def _hybrid_stack(spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
+    """Connections for every kind of layer that is a TransformerLayer; the others refuse if used."""
+    layers = {}
+    for field in dataclasses.fields(spec.submodules):
+        layer = getattr(spec.submodules, field.name)
+        if field.name == "mtp_block_spec" or not isinstance(layer, ModuleSpec):
+            continue
+        if issubclass(layer.module, TransformerLayer):
+            layers[field.name] = _layer(layer, mhc, stacked=True)
+        else:
+            layers[field.name] = ModuleSpec(functools.partial(_refuse, layer.module.__name__))
+    if spec.submodules.mtp_block_spec is not None:
+        layers["mtp_block_spec"] = block = copy.copy(spec.submodules.mtp_block_spec)
+        block.submodules = MultiTokenPredictionBlockSubmodules(
+            [_hybrid_mtp_layer(layer, mhc) for layer in block.submodules.layer_specs]
+        )
+    spec = copy.copy(spec)
+    spec.module, spec.params = HyperConnectedStack, {**(spec.params or {}), "mhc": mhc}
+    spec.submodules = dataclasses.replace(spec.submodules, **layers)
+    return spec
+
+
+def _hybrid_mtp_layer(spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
+    spec = copy.copy(spec)
+    spec.module, spec.params = HyperConnectedPrediction, {**(spec.params or {}), "mhc": mhc}
+    return spec
+
+
+def _refuse(name: str, *args, **kwargs) -> None:
+    raise UserError(f"mhc: layers of class {name} are not supported in a hybrid model.")
+
+
+def _final_norm(builder, mhc: MHCConfig):
+    """A builder whose norm first lets the streams leave."""
 
     def build(*args, config: TransformerConfig, hidden_size: int, **kwargs):
         norm = builder(*args, config=config, hidden_size=hidden_size, **kwargs)
-        norm.exit = Exit(mhc, hidden_size, parameter_device(config))
-        norm.register_forward_pre_hook(lambda norm, inputs: (norm.exit(inputs[0]), *inputs[1:]))
-        return norm
+        return leave_before(norm, mhc, config)
 
     return build
+
+
+def leave_before(norm: torch.nn.Module, mhc: MHCConfig, config: TransformerConfig):
+    """Let the streams leave before ``norm``; returns ``norm``.
+
+    It keeps its class and the names of its parameters (``final_layernorm.weight``), so a checkpoint
+    of the residual model fits; a learned exit adds ``final_layernorm.exit.*``.
+    """
+    norm.exit = Exit(mhc, config.hidden_size, parameter_device(config), config.sequence_parallel)
+    norm.register_forward_pre_hook(lambda norm, inputs: (norm.exit(inputs[0]), *inputs[1:]))
+    return norm
+
+
+class HyperConnectedStack(HybridStack):
+    """A HybridModel's stack whose streams leave before its final norm."""
+
+    def __init__(self, config: TransformerConfig, *args, mhc: MHCConfig, **kwargs) -> None:
+        super().__init__(config, *args, **kwargs)
+        if self.post_process and self.post_layer_norm:
+            leave_before(self.final_norm, mhc, config)
+
+
+class HyperConnectedPrediction(MultiTokenPredictionLayer):
+    """A HybridModel's multi-token prediction layer; its inner stack has no final norm to leave at."""
+
+    def __init__(self, config: TransformerConfig, *args, mhc: MHCConfig, **kwargs) -> None:
+        super().__init__(config, *args, **kwargs)
+        stack = self.mtp_model_layer
+        stack.exit = Exit(
+            mhc, config.hidden_size, parameter_device(config), config.sequence_parallel
+        )
+        stack.register_forward_hook(lambda stack, inputs, x: stack.exit(x))
+        # The stack numbers its layers from one again; names and seeds must differ all the same.
+        for connection in stack.modules():
+            if isinstance(connection, HyperConnection):
+                connection.name = f"mtp{self.layer_number - 1}.{connection.name.removeprefix('mtp')}"
+                connection.reset_parameters()
 
 
 class HyperConnectedLayer(MegatronModule):
@@ -92,10 +233,19 @@ class HyperConnectedLayer(MegatronModule):
 
     Parameters: ``attn_hc`` and ``mlp_hc``, one connection for each sublayer that the layer has (a
     HybridModel's layers have one each). ``forward`` takes [s, b, n*C], or [s, b, C] in the first
-    layer of a stack, which then makes the streams.
+    layer of a stack, which then makes the streams. A multi-token prediction layer lets them leave
+    again, unless it is ``stacked``: one of several in a HybridModel's stack.
     """
 
-    def __init__(self, config: TransformerConfig, *args, mhc: MHCConfig, **kwargs) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args,
+        mhc: MHCConfig,
+        stacked: bool = False,
+        chain: Chain | None = None,
+        **kwargs,
+    ) -> None:
         super().__init__(config, *args, **kwargs)
         if not isinstance(self.cross_attention, IdentityOp):
             raise UserError("mhc: layers with cross-attention are not supported.")
@@ -105,12 +255,23 @@ class HyperConnectedLayer(MegatronModule):
         self.bias_dropout_add_exec_handler = contextlib.nullcontext
         if not isinstance(self.self_attention, IdentityOp):
             self.attn_hc = self._connect("attn", 0, self.input_layernorm)
+            if self.recompute_input_layernorm:
+                self.recompute_input_layernorm = False
+                recompute_norm(self.input_layernorm, self.attn_hc, config)
             self.self_attn_bda = self.attn_hc.write
         if not isinstance(self.mlp, IdentityOp):
             self.mlp_hc = self._connect("mlp", 1, self.pre_mlp_layernorm)
+            if self.recompute_pre_mlp_layernorm:
+                self.recompute_pre_mlp_layernorm = False
+                recompute_norm(self.pre_mlp_layernorm, self.mlp_hc, config)
             self.mlp_bda = self.mlp_hc.write
-        if self.is_mtp_layer:
-            self.exit = Exit(mhc, self.C, parameter_device(config))
+        chain = chain or Chain()
+        for connection in (getattr(self, name, None) for name in ("attn_hc", "mlp_hc")):
+            if connection is not None:
+                chain.append(connection, config)
+        self.exit: Exit | None = None
+        if self.is_mtp_layer and not stacked:
+            self.exit = Exit(mhc, self.C, parameter_device(config), config.sequence_parallel)
 
     def _connect(self, kind: str, offset: int, norm: torch.nn.Module) -> HyperConnection:
         prefix = "mtp" if self.is_mtp_layer else ""
@@ -132,7 +293,7 @@ class HyperConnectedLayer(MegatronModule):
         if hidden_states.shape[-1] == self.C:
             hidden_states = enter(hidden_states, self.mhc.n)
         hidden_states, context = super().forward(hidden_states, *args, **kwargs)
-        if self.is_mtp_layer:
+        if self.exit is not None:
             hidden_states = self.exit(hidden_states)
         return hidden_states, context
 
@@ -141,6 +302,26 @@ class HyperConnectedLayer(MegatronModule):
 def hyper_connected(base: type[TransformerLayer]) -> type[TransformerLayer]:
     """The subclass of a layer class whose sublayers have hyper-connections."""
     return type(f"HyperConnected{base.__name__}", (HyperConnectedLayer, base), {})
+
+
+def recompute_norm(
+    norm: torch.nn.Module, connection: HyperConnection, config: TransformerConfig
+) -> None:
+    """Selective recompute of ``norm``: its output is dropped once the sublayer has run.
+
+    Megatron would run the read again with the norm, and its second H_post and H_res would be
+    nobody's. Here the read stays outside: u [s, b, C] is kept, norm(u) is made again.
+    ``HyperConnection.write`` sees the sublayer's output and drops norm(u) there, where
+    transformer_layer.py:684 does.
+    """
+    forward = norm.forward
+
+    def checkpointed(u: Tensor) -> Tensor:
+        # Without fp8 the argument must be None (tensor_parallel/random.py:740: "is not None").
+        connection.norm_checkpoint = CheckpointWithoutOutput(fp8=config.fp8)
+        return connection.norm_checkpoint.checkpoint(forward, u)
+
+    norm.forward = checkpointed
 
 
 def parameter_device(config: TransformerConfig) -> torch.device:

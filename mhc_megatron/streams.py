@@ -26,7 +26,13 @@ class Exit(nn.Module):
     [1], float32. b starts at -ln(n - 1), where sigmoid gives 1/n: the mean.
     """
 
-    def __init__(self, mhc: MHCConfig, hidden_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        mhc: MHCConfig,
+        hidden_size: int,
+        device: torch.device,
+        sequence_parallel: bool = False,
+    ) -> None:
         super().__init__()
         self.n, self.C, self.learned, self.eps = (
             mhc.n,
@@ -41,6 +47,7 @@ class Exit(nn.Module):
             self.alpha = nn.Parameter(torch.full((1,), mhc.alpha, **options))
             bias = -torch.log(torch.tensor(float(mhc.n - 1)))
             self.bias = nn.Parameter(torch.full((mhc.n,), bias.item(), **options))
+            mark(self, sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.unflatten(-1, (self.n, self.C))
@@ -68,3 +75,24 @@ def keep_fp32(fn):
         return out
 
     return moved
+
+
+def mark(module: nn.Module, sequence_parallel: bool) -> None:
+    """Say what the parameters of ``module``, named phi, alpha and bias, are.
+
+    Where ``sequence_parallel`` is set, a tensor-parallel rank has the gradients of its part of the
+    sequence; Megatron adds them over the ranks (``finalize_model_grads``).
+    """
+    for name, parameter in module.named_parameters(recurse=False):
+        parameter.sequence_parallel = sequence_parallel
+        parameter.hyper_connection = name
+
+
+def is_connection(parameter: nn.Parameter) -> bool:
+    """Whether ``parameter`` belongs to a connection or a learned exit."""
+    return hasattr(parameter, "hyper_connection")
+
+
+def is_projection(parameter: nn.Parameter) -> bool:
+    """Whether ``parameter`` is a phi."""
+    return getattr(parameter, "hyper_connection", None) == "phi"

@@ -6,7 +6,9 @@ this file supplies. ``pretrain`` puts them together; ``launch/pretrain.py`` is i
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import os
 from argparse import Namespace
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
@@ -28,17 +31,28 @@ from megatron.core.utils import (
 from megatron.training import checkpointing, get_args, get_timers
 from megatron.training import training as megatron_training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.models import gpt as megatron_gpt
 from megatron.training.models.gpt import (
+    GPTModel,
     GPTModelBuilder,
     GPTModelConfig,
     default_layer_spec,
 )
+from megatron.training.models.hybrid import (
+    HybridModel,
+    HybridModelBuilder,
+    HybridModelConfig,
+    default_hybrid_stack_spec,
+)
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 from mhc_megatron.layer_spec import mhc_layer_spec
+from mhc_megatron.optimizer import group_connections
+from mhc_megatron.pipeline import embedding_ranks, widen_pipeline
 
 #: Megatron's threshold: a loss this many times the largest seen so far is a spike.
 SPIKY_LOSS_FACTOR = 10
@@ -53,22 +67,77 @@ class MHCModelConfig(GPTModelConfig):
 
 
 class MHCModelBuilder(GPTModelBuilder):
-    """Megatron's builder, its layer spec through ``mhc_layer_spec``."""
+    """Megatron's builder with ``mhc_layer_spec`` on its specs and ``widen_pipeline`` at the end."""
 
     def __init__(self, model_config: MHCModelConfig) -> None:
         super().__init__(model_config)
         base = model_config.transformer_layer_spec
         model_config.transformer_layer_spec = functools.partial(_layer_spec, base=base)
 
+    def build_model(self, *args, **kwargs) -> GPTModel:
+        """One stage of the model."""
+        with _hyper_connected_prediction(self._model_config.mhc):
+            return super().build_model(*args, **kwargs)
+
+    def build_distributed_models(self, *args, **kwargs) -> list[GPTModel]:
+        """All stages of this rank, wrapped for training."""
+        models = super().build_distributed_models(*args, **kwargs)
+        return widen_pipeline(models, self._model_config.mhc)
+
+
+@dataclass(kw_only=True)
+class MHCHybridModelConfig(HybridModelConfig):
+    """Megatron's configuration of a hybrid model plus the connections'."""
+
+    builder: ClassVar[str] = "mhc_megatron.training.MHCHybridModelBuilder"
+    mhc: MHCConfig = field(default_factory=MHCConfig)
+
+
+class MHCHybridModelBuilder(HybridModelBuilder):
+    """``MHCModelBuilder`` for HybridModel."""
+
+    def __init__(self, model_config: MHCHybridModelConfig) -> None:
+        super().__init__(model_config)
+        spec = model_config.hybrid_stack_spec or default_hybrid_stack_spec
+        model_config.hybrid_stack_spec = mhc_layer_spec(
+            spec, model_config.transformer, model_config.mhc
+        )
+
+    def build_distributed_models(self, *args, **kwargs) -> list[HybridModel]:
+        """All stages of this rank, wrapped for training."""
+        models = super().build_distributed_models(*args, **kwargs)
+        return widen_pipeline(models, self._model_config.mhc)
+
 
 def _layer_spec(config: MHCModelConfig, vp_stage: int | None = None, *, base):
     if base is None:
         spec = default_layer_spec(config, vp_stage)
-    elif callable(base):
-        spec = base(config)
+    elif callable(base) and not isinstance(base, ModuleSpec):
+        takes_stage = "vp_stage" in inspect.signature(base).parameters
+        spec = base(config, vp_stage=vp_stage) if takes_stage else base(config)
     else:
         spec = base
     return mhc_layer_spec(spec, config.transformer, config.mhc, vp_stage)
+
+
+@contextlib.contextmanager
+def _hyper_connected_prediction(mhc: MHCConfig):
+    """Connections in the multi-token prediction block too.
+
+    ``GPTModelBuilder.build_model`` (training/models/gpt.py:288) makes its spec from the plain layer
+    and has no parameter for another one, so the function that it calls is replaced meanwhile.
+    """
+    plain = megatron_gpt.mtp_block_spec
+
+    def mtp_block_spec(config, transformer_layer_spec, vp_stage=None):
+        spec = plain(config, transformer_layer_spec, vp_stage=vp_stage)
+        return spec and mhc_layer_spec(spec, config.transformer, mhc)
+
+    megatron_gpt.mtp_block_spec = mtp_block_spec
+    try:
+        yield
+    finally:
+        megatron_gpt.mtp_block_spec = plain
 
 
 def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None = None) -> None:
@@ -81,12 +150,18 @@ def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None
     model_config = gpt_config_from_args(args, model_config_cls=MHCModelConfig)
     model_config.mhc = mhc
     datasets.is_distributed = True
+    group_connections(mhc)
     explain_checkpoint_errors(mhc)
     megatron_training.pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         datasets,
         ModelType.encoder_or_decoder,
         forward_step_func or forward_step,
+        get_embedding_ranks=functools.partial(
+            embedding_ranks,
+            config=model_config.transformer,
+            tied=model_config.share_embeddings_and_output_weights,
+        ),
     )
 
 
@@ -268,11 +343,6 @@ def check_arguments(args: Namespace) -> None:
         )
     if not args.mock_data and get_blend_and_blend_per_split(args) == (None, None):
         raise UserError("no data: set data-path, or mock-data: true.")
-    if args.recompute_granularity == "selective" and "layernorm" in (args.recompute_modules or []):
-        raise UserError(
-            "recompute-modules: layernorm would drop the coefficients that a hyper-connection's "
-            "write needs; leave it out."
-        )
 
 
 def explain_checkpoint_errors(mhc: MHCConfig) -> None:
@@ -286,13 +356,14 @@ def explain_checkpoint_errors(mhc: MHCConfig) -> None:
     def explained(*args, **kwargs):
         try:
             return load(*args, **kwargs)
-        except (UserError, SystemExit):
+        except (TypeError, AttributeError, NameError, UserError):
             raise
-        except Exception as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"the checkpoint in {get_args().load} does not fit: {said[0]}") from error
+        except (Exception, CheckpointException) as error:  # torch, Megatron, pickle: own ones each
+            raise UserError(
+                f"the checkpoint in {get_args().load} does not fit: {_innermost(error)}"
+            ) from error
 
-    def compared(checkpoint_args):
+    def compared(checkpoint_args, *args, **kwargs):
         was = getattr(checkpoint_args, "mhc", None) or {"variant": "none"}
         for key in ("variant", "n", "exit", "sinkhorn", "sinkhorn_iterations"):
             now = getattr(mhc, key)
@@ -301,7 +372,15 @@ def explain_checkpoint_errors(mhc: MHCConfig) -> None:
                     f"the checkpoint in {get_args().load} was made with mhc {key} {was[key]}, "
                     f"this run has {now}; give the run a folder of its own."
                 )
-        return check(checkpoint_args)
+        return check(checkpoint_args, *args, **kwargs)
 
     megatron_training.load_checkpoint = explained
     checkpointing.check_checkpoint_args = compared
+
+
+def _innermost(error: BaseException) -> str:
+    """What went wrong, in a line; torch's CheckpointException holds the whole traceback as text."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not said:
+        return type(error).__name__
+    return said[-1].partition("Exception: ")[2] or said[-1]

@@ -175,7 +175,6 @@ def _mhc_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _mhc(options: argparse.Namespace):
-    import yaml
     from mhc_megatron.config import MHCConfig
 
     values = {}
@@ -183,8 +182,17 @@ def _mhc(options: argparse.Namespace):
         key, equals, text = change.partition("=")
         if not equals:
             raise UserError(f"--set takes key=value, not {change!r}.")
-        values[key] = yaml.safe_load(text)
+        values[key] = _number(text)
     return MHCConfig.from_mapping(values)
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def _add_upcycle(commands) -> None:

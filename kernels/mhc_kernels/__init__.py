@@ -1,8 +1,8 @@
-"""Manifold-constrained hyper-connections: mhc_pre, mhc_post, mhc_post_pre.
+"""Fused kernels for manifold-constrained hyper-connections; needs torch and triton only.
 
-Needs torch and triton, nothing else. ``mhc_kernels.reference`` has the equations and the symbols.
+The equations, symbols and shapes are in ``mhc_kernels.reference``; README.md shows the use.
 """
 
-from mhc_kernels.reference import mhc_post, mhc_post_pre, mhc_pre
+from .functions import mhc_enter, mhc_post, mhc_post_pre, mhc_pre, mhc_refill, supported
 
-__all__ = ["mhc_post", "mhc_post_pre", "mhc_pre"]
+__all__ = ["mhc_enter", "mhc_post", "mhc_post_pre", "mhc_pre", "mhc_refill", "supported"]

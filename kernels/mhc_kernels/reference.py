@@ -203,6 +203,13 @@ def mhc_pre(
     return u.to(x.dtype), H_post, H_res
 
 
+def mhc_enter(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, **pre_options
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``mhc_pre`` at the head of a chain of sublayers: x handed on, u, H_post, H_res."""
+    return x, *mhc_pre(x, phi, alpha, bias, **pre_options)
+
+
 def mhc_post(
     x: Tensor, y: Tensor, H_post: Tensor, H_res: Tensor | None, y_bias: Tensor | None = None
 ) -> Tensor:
@@ -239,6 +246,27 @@ def mhc_post_pre(
     """
     x_next = mhc_post(x, y, H_post, H_res, y_bias)
     return x_next, *mhc_pre(x_next, phi, alpha, bias, **pre_options)
+
+
+def mhc_refill(
+    x: Tensor,
+    y: list[Tensor],
+    H_post: list[Tensor],
+    H_res: list[Tensor] | list[None],
+    H_pre: list[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The streams after every sublayer of a block and what the next one reads, Eq. (20).
+
+    x [..., n, C] enters the block; sublayer l ends with ``mhc_post`` (y[l], H_post[l], H_res[l]), and
+    the next reads with H_pre[l] [..., n]. Returns lists of x_next [..., n, C] and u [..., C].
+    """
+    streams, reads = [], []
+    for y_l, post, res, read in zip(y, H_post, H_res or [None] * len(y), H_pre, strict=True):
+        x = mhc_post(x, y_l, post, res)
+        wide = _wide(x)
+        streams.append(x)
+        reads.append(torch.einsum("...n,...nc->...c", read.to(wide.dtype), wide).to(x.dtype))
+    return streams, reads
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -90,11 +90,13 @@ class Encoder:
         vocab_size: one more than the largest id, the end-of-document id included.
         eod_id: the end-of-document id; None if the tokenizer has none.
         is_text: documents must be UTF-8.
+        decode: the text of ids, without the end-of-document token; ids may end within a character.
     """
 
     encode: Callable[[Sequence[bytes]], list[Ids]]
     vocab_size: int
     eod_id: int | None
+    decode: Callable[[Sequence[int]], bytes]
     is_text: bool = True
 
 
@@ -137,7 +139,7 @@ def encoder_path(tokenizer: str) -> str:
 def load(spec: EncoderSpec) -> Encoder:
     """Load an encoder; CorpusError if its file or its library cannot be used."""
     if spec.kind == "bytes":
-        return Encoder(encode_bytes, vocab_size=257, eod_id=256, is_text=False)
+        return Encoder(encode_bytes, 257, eod_id=256, decode=decode_bytes, is_text=False)
     makers = {"huggingface": huggingface, "sentencepiece": sentencepiece, "tiktoken": tiktoken}
     read_file(spec.file)
     try:
@@ -173,6 +175,11 @@ def encode_bytes(documents: Sequence[bytes]) -> list[Ids]:
     return [np.frombuffer(document, np.uint8) for document in documents]
 
 
+def decode_bytes(ids: Sequence[int]) -> bytes:
+    """The bytes that the ids are; the end-of-document id is none."""
+    return bytes(value for value in ids if value < 256)
+
+
 def huggingface(spec: EncoderSpec) -> Encoder:
     """A ``tokenizer.json``, without its templates, truncation and padding."""
     # The worker processes are the parallelism; set before the library reads it.
@@ -199,7 +206,11 @@ def huggingface(spec: EncoderSpec) -> Encoder:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    return Encoder(encode, max(vocab.values()) + 1, eod_id)
+    def decode(ids: Sequence[int]) -> bytes:
+        """The text of ids."""
+        return tokenizer.decode(list(ids), skip_special_tokens=True).encode()
+
+    return Encoder(encode, max(vocab.values()) + 1, eod_id, decode)
 
 
 def sentencepiece(spec: EncoderSpec) -> Encoder:
@@ -221,7 +232,11 @@ def sentencepiece(spec: EncoderSpec) -> Encoder:
         texts = [document.decode() for document in documents]
         return model.encode(texts, out_type=int, num_threads=1)
 
-    return Encoder(encode, model.get_piece_size(), eod_id)
+    def decode(ids: Sequence[int]) -> bytes:
+        """The text of ids."""
+        return model.decode(list(ids)).encode()
+
+    return Encoder(encode, model.get_piece_size(), eod_id, decode)
 
 
 def tiktoken(spec: EncoderSpec) -> Encoder:
@@ -252,7 +267,11 @@ def tiktoken(spec: EncoderSpec) -> Encoder:
         """Ids of each document."""
         return [encoding.encode_ordinary(document.decode()) for document in documents]
 
-    return Encoder(encode, max(*ranks.values(), eod_id) + 1, eod_id)
+    def decode(ids: Sequence[int]) -> bytes:
+        """The bytes of ids."""
+        return encoding.decode_bytes([value for value in ids if value != eod_id])
+
+    return Encoder(encode, max(*ranks.values(), eod_id) + 1, eod_id, decode)
 
 
 def read_ranks(path: str) -> dict[bytes, int]:

@@ -1,0 +1,278 @@
+"""torch custom ops and their gradients around ``launch``.
+
+Every operation is a ``torch.library`` custom op with a fake implementation, and so is its backward:
+torch.compile and CUDA-graph capture see one opaque node each. Saved for backward beyond x, y and
+the parameters are float32 numbers per token: the projection p (K), 1 / rms, with a fused norm the
+products of streams (n(n+1)/2), and the H_post and H_res that the caller holds anyway: 180 bytes at
+n = 4. x_next is the next sublayer's x, kept once.
+
+The ops take flat operands (x [T, n, C], y [T, C], contiguous, float32 parameters); an identity H_res
+is an empty tensor on the way out and None on the way in. ``mhc_kernels.functions`` is the interface.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from . import launch
+from .launch import Plan
+
+Names = ("variant", "iterations", "eps", "norm_eps")
+
+
+def _ready(t: Optional[Tensor]) -> Optional[Tensor]:
+    """Contiguous and at a 16-byte boundary, as tile descriptors need it."""
+    if t is None:
+        return None
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _pre_outputs(x: Tensor, variant: str, norm: bool) -> tuple[Tensor, ...]:
+    T, n, C = x.shape
+    K, R = launch.phi_rows(n, variant), launch.res_rows(n, variant)
+
+    def new(*size: int) -> Tensor:
+        return x.new_empty(size, dtype=torch.float32)
+
+    H_res = new(T, n, n) if R else new(T, 0, n)
+    gram = new(T, n * (n + 1) // 2 if norm else 0)
+    return x.new_empty(T, C), new(T, n), H_res, new(T, K), new(T), gram
+
+
+@torch.library.custom_op("mhc_kernels::pre", mutates_args=())
+def pre_op(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, norm_weight: Optional[Tensor],
+    variant: str, iterations: int, eps: float, norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """u, H_post, H_res, p, 1 / rms, products of streams."""
+    if x.numel() == 0:
+        return _pre_outputs(x, variant, norm_weight is not None)
+    s, x = Plan(x, variant), _ready(x)
+    with torch.cuda.device_of(x):
+        _, projected, gram = launch.project(s, x, None, None, None, None, _ready(phi), norm_weight is not None)
+        return launch.read(s, x, projected, gram, alpha, bias, norm_weight, iterations, eps, norm_eps)
+
+
+@pre_op.register_fake
+def _(x, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps):
+    return _pre_outputs(x, variant, norm_weight is not None)
+
+
+@torch.library.custom_op("mhc_kernels::post_pre", mutates_args=())
+def post_pre_op(
+    x: Tensor, y: Tensor, y_bias: Optional[Tensor], H_post: Tensor, H_res: Optional[Tensor],
+    phi: Tensor, alpha: Tensor, bias: Tensor, norm_weight: Optional[Tensor],
+    variant: str, iterations: int, eps: float, norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """x_next, then what ``pre_op`` returns for it."""
+    if x.numel() == 0:
+        return (torch.empty_like(x), *_pre_outputs(x, variant, norm_weight is not None))
+    s, x, y = Plan(x, variant), _ready(x), _ready(y)
+    with torch.cuda.device_of(x):
+        x_next, projected, gram = launch.project(
+            s, x, y, y_bias, H_post, H_res, _ready(phi), norm_weight is not None
+        )
+        return (x_next, *launch.read(
+            s, x_next, projected, gram, alpha, bias, norm_weight, iterations, eps, norm_eps
+        ))  # fmt: skip
+
+
+@post_pre_op.register_fake
+def _(x, y, y_bias, H_post, H_res, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps):
+    return (torch.empty_like(x), *_pre_outputs(x, variant, norm_weight is not None))
+
+
+@torch.library.custom_op("mhc_kernels::post", mutates_args=())
+def post_op(
+    x: Tensor, y: Tensor, y_bias: Optional[Tensor], H_post: Tensor, H_res: Optional[Tensor]
+) -> Tensor:
+    """x_next."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    s, x, y = Plan(x), _ready(x), _ready(y)
+    with torch.cuda.device_of(x):
+        return launch.post(s, x, y, y_bias, H_post, H_res)
+
+
+@post_op.register_fake
+def _(x, y, y_bias, H_post, H_res):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("mhc_kernels::boundary_backward", mutates_args=())
+def boundary_backward_op(
+    x: Tensor, y: Optional[Tensor], y_bias: Optional[Tensor], H_post: Optional[Tensor],
+    H_res: Optional[Tensor], x_next: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    norm_weight: Optional[Tensor], p: Tensor, inverse_rms: Tensor, gram: Tensor,
+    g: Optional[Tensor], du: Tensor, dH_post: Optional[Tensor], dH_res: Optional[Tensor],
+    variant: str, iterations: int, norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, y, H_post, H_res, phi, alpha, bias, norm_weight; empty where there is none.
+
+    y None: of ``pre`` alone, whose x_next is x; g: the gradient of x_next from elsewhere.
+    """
+    s = Plan(x, variant)
+    x, y, x_next, g, du = _ready(x), _ready(y), _ready(x_next), _ready(g), _ready(du)
+    phi = _ready(phi)
+    with torch.cuda.device_of(x):
+        logits = launch.logits_grad(
+            s, x_next, du, dH_post, dH_res, phi, alpha, bias, norm_weight, p, inverse_rms, gram,
+            iterations, norm_eps,
+        )  # fmt: skip
+        parameters = launch.phi_grad(s, x_next, logits, alpha)
+        streams = launch.boundary_grad(s, x, y, y_bias, H_post, H_res, g, du, phi, norm_weight, logits)
+        dnorm = None
+        if norm_weight is not None:
+            dnorm = launch.norm_weight_grad(s, x_next, du, logits.token, norm_weight)
+    return tuple(x.new_empty(0) if t is None else t for t in (*streams, *parameters, dnorm))
+
+
+@boundary_backward_op.register_fake
+def _(
+    x, y, y_bias, H_post, H_res, x_next, phi, alpha, bias, norm_weight, p, inverse_rms, gram,
+    g, du, dH_post, dH_res, variant, iterations, norm_eps,
+):  # fmt: skip
+    def like(t):
+        return x.new_empty(0) if t is None else torch.empty_like(t)
+
+    return (
+        torch.empty_like(x), like(y), like(H_post), like(H_res),
+        torch.empty_like(phi), torch.empty_like(alpha), torch.empty_like(bias), like(norm_weight),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("mhc_kernels::post_backward", mutates_args=())
+def post_backward_op(
+    x: Tensor, y: Tensor, y_bias: Optional[Tensor], H_post: Tensor, H_res: Optional[Tensor], g: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, y, H_post, H_res (empty for the identity)."""
+    s = Plan(x)
+    x, y, g = _ready(x), _ready(y), _ready(g)
+    with torch.cuda.device_of(x):
+        dx, dy, dH_post, dH_res = launch.boundary_grad(s, x, y, y_bias, H_post, H_res, g)
+    return dx, dy, dH_post, x.new_empty(0) if dH_res is None else dH_res
+
+
+@post_backward_op.register_fake
+def _(x, y, y_bias, H_post, H_res, g):
+    dH_res = x.new_empty(0) if H_res is None else torch.empty_like(H_res)
+    return torch.empty_like(x), torch.empty_like(y), torch.empty_like(H_post), dH_res
+
+
+@torch.library.custom_op("mhc_kernels::refill", mutates_args=())
+def refill_op(
+    x: Tensor, y: list[Tensor], H_post: list[Tensor], H_res: list[Tensor], H_pre: list[Tensor]
+) -> list[Tensor]:
+    """x_next of every sublayer, then u of every sublayer. H_res empty: the identity."""
+    if x.numel() == 0:
+        return [torch.empty_like(x) for _ in y] + [torch.empty_like(t) for t in y]
+    s, x, y = Plan(x), _ready(x), [_ready(t) for t in y]
+    with torch.cuda.device_of(x):
+        x_next, u = launch.refill(s, x, y, H_post, H_res or None, H_pre)
+    return x_next + u
+
+
+@refill_op.register_fake
+def _(x, y, H_post, H_res, H_pre):
+    return [torch.empty_like(x) for _ in y] + [torch.empty_like(t) for t in y]
+
+
+def _bias_grad(dy: Tensor, y_bias: Optional[Tensor]) -> Optional[Tensor]:
+    return None if y_bias is None else dy.sum(0, dtype=torch.float32).to(y_bias.dtype)
+
+
+def _pre_context(ctx, inputs, output) -> None:
+    x, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.options = variant, iterations, norm_eps
+    ctx.save_for_backward(x, phi, alpha, bias, norm_weight, *output[3:])
+
+
+def _pre_backward(ctx, du, dH_post, dH_res, *unused):
+    return _pre_gradients(ctx, None, du, dH_post, dH_res)
+
+
+def _pre_gradients(ctx, g, du, dH_post, dH_res):
+    x, phi, alpha, bias, norm_weight, p, inverse_rms, gram = ctx.saved_tensors
+    if x.numel() == 0:
+        return (*(_zeros(t) for t in (x, phi, alpha, bias, norm_weight)), *4 * (None,))
+    du = x.new_zeros(x.shape[0], x.shape[2]) if du is None else du
+    dx, _, _, _, dphi, dalpha, dbias, dnorm = boundary_backward_op(
+        x, None, None, None, None, x, phi, alpha, bias, norm_weight, p, inverse_rms, gram,
+        g, du, _wide(dH_post), _wide(dH_res), *ctx.options,
+    )  # fmt: skip
+    dnorm = dnorm if norm_weight is not None else None
+    return dx, dphi, dalpha, dbias, dnorm, None, None, None, None
+
+
+def _post_pre_context(ctx, inputs, output) -> None:
+    x, y, y_bias, H_post, H_res, phi, alpha, bias, norm_weight, variant, iterations, _, norm_eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.options = variant, iterations, norm_eps
+    x_next = output[0]
+    ctx.save_for_backward(
+        x, y, y_bias, H_post, H_res, x_next, phi, alpha, bias, norm_weight, *output[4:]
+    )
+
+
+def _post_pre_backward(ctx, g, du, dH_post, dH_res, *unused):
+    x, y, y_bias, H_post, H_res, x_next, phi, alpha, bias, norm_weight, *_ = ctx.saved_tensors
+    if x.numel() == 0:
+        first = (_zeros(t) for t in (x, y, y_bias, H_post, H_res, phi, alpha, bias, norm_weight))
+        return (*first, *4 * (None,))
+    du = torch.zeros_like(y, dtype=x.dtype) if du is None else du
+    dx, dy, d_post, d_res, dphi, dalpha, dbias, dnorm = boundary_backward_op(
+        *ctx.saved_tensors, g, du, _wide(dH_post), _wide(dH_res), *ctx.options
+    )
+    d_res = d_res.view_as(H_res) if H_res is not None else None
+    dnorm = dnorm if norm_weight is not None else None
+    gradients = dx, dy, _bias_grad(dy, y_bias), d_post, d_res, dphi, dalpha, dbias, dnorm
+    return (*gradients, None, None, None, None)
+
+
+def _post_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _post_backward(ctx, g):
+    x, y, y_bias, H_post, H_res = ctx.saved_tensors
+    if x.numel() == 0:
+        return tuple(_zeros(t) for t in ctx.saved_tensors)
+    dx, dy, d_post, d_res = post_backward_op(x, y, y_bias, H_post, H_res, g)
+    d_res = d_res.view_as(H_res) if H_res is not None else None
+    return dx, dy, _bias_grad(dy, y_bias), d_post, d_res
+
+
+def _zeros(t: Optional[Tensor]) -> Optional[Tensor]:
+    return None if t is None else torch.zeros_like(t)
+
+
+def _wide(t: Optional[Tensor]) -> Optional[Tensor]:
+    """A coefficient's gradient, contiguous; None for an absent or empty one."""
+    return t.float().contiguous() if t is not None and t.numel() else None
+
+
+pre_op.register_autograd(_pre_backward, setup_context=_pre_context)
+post_pre_op.register_autograd(_post_pre_backward, setup_context=_post_pre_context)
+post_op.register_autograd(_post_backward, setup_context=_post_context)
+
+
+class Enter(torch.autograd.Function):
+    """``pre_op`` that hands x on: whoever reads x next sends its gradient back through here.
+
+    x feeds both this pre and the next boundary. As two uses autograd would add two gradients of x;
+    handed on, the other one is an operand of the kernel that makes this one.
+    """
+
+    @staticmethod
+    def forward(ctx, x, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps):
+        inputs = (x, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps)
+        output = pre_op(*inputs)
+        _pre_context(ctx, inputs, output)
+        return (x.view_as(x), *output[:3])
+
+    @staticmethod
+    def backward(ctx, g, du, dH_post, dH_res):
+        return _pre_gradients(ctx, g, du, dH_post, dH_res)

@@ -1,0 +1,101 @@
+"""The connections' own parameter group in Megatron's optimizers.
+
+A connection's parameters are a few matrices phi [K, n*C] and vectors alpha, b beside billions of
+weights, and they steer everything. Left to Megatron's rules phi would be decayed like a weight and,
+with ``--optimizer muon``, orthogonalised like one. Their group here:
+
+- learning rate times ``MHCConfig.lr_mult`` (also the end of its decay);
+- weight decay times ``MHCConfig.phi_weight_decay`` for phi, none for alpha and b;
+- AdamW (or what ``--muon-scalar-optimizer`` says) whatever the optimizer of the weights is.
+
+Leans on core/optimizer/__init__.py of megatron-core 0.19.2: ``config_overrides`` of
+``get_megatron_optimizer`` and the registry of emerging optimizers.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from megatron.core.optimizer import get_standard_config_overrides
+from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
+from megatron.core.optimizer.optimizer_config import (
+    OptimizerConfig,
+    ParamKey,
+    ParamPredicate,
+    ParamWithNamePredicate,
+)
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from megatron.training import training as megatron_training
+
+from mhc_megatron.config import MHCConfig
+from mhc_megatron.streams import is_connection, is_projection
+
+Overrides = dict[ParamKey, ParamGroupOverride]
+
+
+def connection_overrides(
+    config: OptimizerConfig, mhc: MHCConfig, overrides: Overrides | None = None
+) -> Overrides:
+    """``config_overrides`` for ``get_megatron_optimizer``: ``overrides`` and the connections'.
+
+    Args:
+        config: of the optimizer; its lr and min_lr are what ``lr_mult`` multiplies.
+        mhc: the run's choices.
+        overrides: those of the rest of the model; Megatron's standard ones where None.
+    """
+    overrides = get_standard_config_overrides(config) if overrides is None else dict(overrides)
+    if not mhc.enabled:
+        return overrides
+    overrides = {_without_connections(key): value for key, value in overrides.items()}
+    keep_from_muon()
+    for name, matches, decay in (
+        ("mhc_phi", is_projection, mhc.phi_weight_decay),
+        ("mhc_vectors", lambda p: is_connection(p) and not is_projection(p), 0.0),
+    ):
+        override = ParamGroupOverride(wd_mult=decay)
+        if mhc.lr_mult != 1:
+            override["max_lr"] = config.lr * mhc.lr_mult
+            override["min_lr"] = (config.min_lr or 0.0) * mhc.lr_mult
+        overrides[ParamKey(predicate=ParamPredicate(name=name, fn=matches))] = override
+    return overrides
+
+
+def _without_connections(key: ParamKey) -> ParamKey:
+    """``key`` for every parameter but the connections'; two overrides of one value would clash."""
+
+    def matches(parameter: torch.nn.Parameter, name: str) -> bool:
+        return not is_connection(parameter) and key.matches(parameter, name)
+
+    name = f"{key} without the connections"
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=matches))
+
+
+def keep_from_muon() -> None:
+    """Send the connections to the scalar optimizer in every emerging optimizer that is installed.
+
+    Through the entries' ``default_param_overrides``: ``get_megatron_optimizer`` refuses an
+    ``optimizer`` in ``config_overrides``.
+    """
+    for entry in _EMERGING_OPTIMIZERS.values():
+        if _CONNECTIONS not in entry.default_param_overrides:
+            entry.default_param_overrides[_CONNECTIONS] = {"optimizer": "adam"}
+
+
+_CONNECTIONS = ParamKey(predicate=ParamPredicate(name="mhc", fn=is_connection))
+
+
+def group_connections(mhc: MHCConfig) -> None:
+    """Give Megatron's trainer the connections' group.
+
+    Wraps ``get_megatron_optimizer_config`` of training/training.py, which makes the optimizer's
+    configuration and overrides for ``setup_model_and_optimizer``. Once a process.
+    """
+    original = megatron_training.get_megatron_optimizer_config
+
+    @functools.wraps(original)
+    def with_connections(args):
+        config, overrides = original(args)
+        return config, connection_overrides(config, mhc, overrides)
+
+    megatron_training.get_megatron_optimizer_config = with_connections

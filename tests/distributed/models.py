@@ -1,0 +1,210 @@
+"""Small models of every kind, and the layouts that they are run in, from plain data.
+
+A *kind* is a dictionary: fields of Megatron's TransformerConfig and GPTModelConfig (or
+HybridModelConfig where it has a ``hybrid_layer_pattern``) over ``BASE``. A *layout* is another one:
+tp, pp, vp, cp, ep, etp, sp, world, and fields of the same configurations over it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec_for_backend,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from mhc_megatron.config import MHCConfig
+from mhc_megatron.pipeline import embedding_ranks
+from mhc_megatron.training import (
+    MHCHybridModelBuilder,
+    MHCHybridModelConfig,
+    MHCModelBuilder,
+    MHCModelConfig,
+)
+
+from tests.distributed.data import SEQUENCE, VOCABULARY
+
+BASE: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 4,
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "position_embedding_type": "rope",
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "init_method_std": 0.1,
+    # Fused kernels need a GPU; so does the p2p batching of NCCL.
+    "bias_dropout_fusion": False,
+    "bias_activation_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "batch_p2p_comm": False,
+    "deallocate_pipeline_outputs": True,
+}
+
+#: A layout's short keys and what they are called in Megatron's configuration.
+PARALLEL = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+    "sp": "sequence_parallel",
+}
+
+
+def initialize(kind: dict[str, Any], layout: dict[str, Any]) -> None:
+    """Model-parallel groups."""
+    sizes = {PARALLEL[k]: v for k, v in layout.items() if k in PARALLEL and k != "sp"}
+    model = model_config(kind, layout, MHCConfig())
+    parallel_state.initialize_model_parallel(
+        **sizes,
+        get_embedding_ranks=functools.partial(
+            embedding_ranks,
+            config=model.transformer,
+            tied=model.share_embeddings_and_output_weights,
+        ),
+    )
+    if layout.get("cp", 1) > 1:
+        gather_context()
+
+
+def model_config(
+    kind: dict[str, Any], layout: dict[str, Any], mhc: MHCConfig
+) -> MHCModelConfig | MHCHybridModelConfig:
+    """The configuration that a builder takes."""
+    settings = {**BASE, **kind}
+    settings |= {PARALLEL.get(k, k): v for k, v in layout.items() if k not in ("world", "ddp")}
+    dtype = settings.pop("dtype", "float32")
+    settings["params_dtype"] = settings["pipeline_dtype"] = getattr(torch, dtype)
+    settings |= {
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "overlap_p2p_comm": bool(layout.get("vp")),
+    }
+    hybrid = "hybrid_layer_pattern" in settings
+    model_class = MHCHybridModelConfig if hybrid else MHCModelConfig
+    of_model = {f.name for f in dataclasses.fields(model_class)} - {"transformer"}
+    own = {key: settings.pop(key) for key in list(settings) if key in of_model}
+    mla = settings.get("multi_latent_attention", False)
+    config = (MLATransformerConfig if mla else TransformerConfig)(
+        activation_func=F.silu, **settings
+    )
+    if hybrid:
+        own["hybrid_stack_spec"] = hybrid_spec(config)
+    return model_class(
+        transformer=config, vocab_size=VOCABULARY, seq_length=SEQUENCE, mhc=mhc, **own
+    )
+
+
+def build(
+    kind: dict[str, Any], layout: dict[str, Any], mhc: MHCConfig, ddp: dict[str, Any]
+) -> list[torch.nn.Module]:
+    """The model chunks of this rank, wrapped for training."""
+    model = model_config(kind, layout, mhc)
+    builder = MHCHybridModelBuilder if hasattr(model, "hybrid_stack_spec") else MHCModelBuilder
+    return builder(model).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        ddp_config=DistributedDataParallelConfig(**ddp),
+        data_parallel_random_init=False,
+    )
+
+
+def hybrid_spec(config: TransformerConfig) -> ModuleSpec:
+    """Megatron's hybrid stack without Transformer Engine: attention, MLP and MoE layers."""
+    dense = get_gpt_layer_local_spec(normalization=config.normalization)
+    expert = get_gpt_layer_local_spec(num_experts=8, normalization=config.normalization)
+    layer = dense.module
+    attention = TransformerLayerSubmodules(
+        input_layernorm=dense.submodules.input_layernorm,
+        self_attention=dense.submodules.self_attention,
+        self_attn_bda=get_bias_dropout_add,
+    )
+    prediction = get_mtp_layer_spec_for_backend(None, backend=LocalSpecProvider())
+
+    def feed_forward(spec: ModuleSpec) -> TransformerLayerSubmodules:
+        return TransformerLayerSubmodules(
+            pre_mlp_layernorm=spec.submodules.pre_mlp_layernorm,
+            mlp=spec.submodules.mlp,
+            mlp_bda=get_bias_dropout_add,
+        )
+
+    return ModuleSpec(
+        module=HybridStack,
+        submodules=HybridStackSubmodules(
+            attention_layer=ModuleSpec(module=layer, submodules=attention),
+            mlp_layer=ModuleSpec(module=layer, submodules=feed_forward(dense)),
+            moe_layer=ModuleSpec(module=layer, submodules=feed_forward(expert)),
+            mtp_block_spec=ModuleSpec(
+                module=MultiTokenPredictionBlock,
+                submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[prediction]),
+            ),
+        ),
+    )
+
+
+def gather_context() -> None:
+    """Context parallelism for Megatron's local attention, which has none: gather keys and values.
+
+    Rank r of cp holds the pieces r and 2 cp - 1 - r of 2 cp (core/utils.py:2612).
+    """
+    build, attend = DotProductAttention.__init__, DotProductAttention.forward
+
+    def __init__(self, config, *args, **kwargs):
+        local = copy.copy(config)
+        local.context_parallel_size = 1
+        build(self, local, *args, **kwargs)
+
+    def forward(self, query, key, value, attention_mask, *args, **kwargs):
+        group = parallel_state.get_context_parallel_group()
+        key, value = _Gather.apply(key, group), _Gather.apply(value, group)
+        cp, rank, piece = group.size(), group.rank(), query.shape[0] // 2
+        pieces = [torch.arange(i * piece, (i + 1) * piece) for i in range(2 * cp)]
+        columns = torch.cat([p for r in range(cp) for p in (pieces[r], pieces[2 * cp - 1 - r])])
+        rows = torch.cat([pieces[rank], pieces[2 * cp - 1 - rank]])
+        mask = (rows[:, None] < columns[None, :])[None, None]
+        return attend(self, query, key, value, mask, *args, **kwargs)
+
+    DotProductAttention.__init__, DotProductAttention.forward = __init__, forward
+
+
+class _Gather(torch.autograd.Function):
+    """[s, ...] of every rank, in the order of the ranks; backward adds what all ranks say of mine."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(ctx.group.size())[ctx.group.rank()], None

@@ -1,0 +1,82 @@
+"""Checkpoints: saved in one layout, the run goes on in another with the losses of one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.distributed.cluster import Cluster
+from tests.distributed.data import BATCH, SEQUENCE
+from tests.distributed.layouts import DISTRIBUTED_OPTIMIZER, KINDS, OVERLAPPED
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 2
+
+#: kind, layout that saves, layout that goes on, further settings of both jobs.
+MOVES = {
+    "one rank to TP2, SP, PP2": ("dense", {}, {"world": 4, "tp": 2, "sp": True, "pp": 2}, {}),
+    "PP2, VPP2 to one rank, asynchronous": (
+        "dense",
+        {"world": 2, "pp": 2, "vp": 2},
+        {},
+        {"asynchronous": True},
+    ),
+    "TP2, SP, DP2 to PP2, distributed optimizer, fully reshardable": (
+        "dense",
+        {"world": 4, "tp": 2, "sp": True, **DISTRIBUTED_OPTIMIZER},
+        {"world": 2, "pp": 2, **DISTRIBUTED_OPTIMIZER},
+        {"sharding": "fully_reshardable"},
+    ),
+    "PP2 to TP2, overlapped distributed optimizer, fully reshardable, asynchronous": (
+        "dense",
+        {"world": 4, "pp": 2, **OVERLAPPED},
+        {"world": 2, "tp": 2, **DISTRIBUTED_OPTIMIZER},
+        {"sharding": "fully_reshardable", "asynchronous": True},
+    ),
+    "DP2 to DP4, distributed optimizer": (
+        "dense",
+        {"world": 2, **DISTRIBUTED_OPTIMIZER},
+        {"world": 4, **DISTRIBUTED_OPTIMIZER},
+        {},
+    ),
+    "MoE: EP2 to PP2, distributed optimizer, fully reshardable": (
+        "MoE alltoall",
+        {"world": 2, "ep": 2, **DISTRIBUTED_OPTIMIZER},
+        {"world": 2, "pp": 2, **DISTRIBUTED_OPTIMIZER},
+        {"sharding": "fully_reshardable"},
+    ),
+    "learned exit: PP2 to TP2, SP": (
+        "dense",
+        {"world": 2, "pp": 2},
+        {"world": 2, "tp": 2, "sp": True},
+        {"mhc": {"exit": "learned"}},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster() as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_resume_in_another_layout(move: str, cluster: Cluster, tmp_path) -> None:
+    kind, source, target, settings = MOVES[move]
+    job = {"kind": KINDS[kind], **settings}
+    start, half = str(tmp_path / "start"), str(tmp_path / "half")
+    whole = _train(cluster, job, {}, steps=2 * STEPS, save_initial=start)
+    first = _train(cluster, job, source, steps=STEPS, load=start, save=half)
+    second = _train(cluster, job, target, steps=STEPS, first_step=STEPS, load=half, resume=True)
+    assert first + second == pytest.approx(whole, rel=1e-5)
+
+
+def _train(cluster: Cluster, job: dict[str, Any], layout: dict[str, Any], **more) -> list[float]:
+    """Loss and gradient norm of every step, one after the other."""
+    world = layout.get("world", 1)
+    ranks = cluster.run("tests.distributed.job:train", world, {**job, "layout": layout, **more})
+    parts = [rank["loss"] for rank in ranks if rank["gives_loss"]]
+    losses = [sum(step) / (BATCH * SEQUENCE) for step in zip(*parts, strict=True)]
+    return [x for pair in zip(losses, ranks[0]["grad_norm"], strict=True) for x in pair]

@@ -1,0 +1,263 @@
+"""launch/pretrain.py from end to end, on the CPU: learning, stopping, resuming, refusing.
+
+A run is a forked child of this process, so that Megatron is imported once.
+"""
+
+import json
+import multiprocessing.util
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tools.corpus.prepare import Options, corpus_of, prepare
+from tools.corpus.sources import Reading
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="checks the CPU mode; this is a GPU machine"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+CONFIG = """
+num-layers: 2
+hidden-size: 32
+ffn-hidden-size: 64
+num-attention-heads: 2
+normalization: RMSNorm
+swiglu: true
+disable-bias-linear: true
+position-embedding-type: rope
+attention-dropout: 0.0
+hidden-dropout: 0.1
+tokenizer-type: NullTokenizer
+vocab-size: 257
+make-vocab-size-divisible-by: 1
+data-path: [{data}]
+split: "90,10,0"
+seq-length: 32
+max-position-embeddings: 32
+micro-batch-size: 2
+global-batch-size: 4
+train-iters: 12
+lr: 1e-2
+min-lr: 1e-3
+lr-warmup-iters: 2
+weight-decay: 0.1
+clip-grad: 1.0
+log-interval: 1
+eval-interval: 6
+eval-iters: 1
+save-interval: 6
+num-workers: 0
+run:
+  stability-interval: 5
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(20):
+        lines = (f"line {j} of file {i} is much like the others\n" for j in range(40))
+        (folder / f"{i:02}.txt").write_text("".join(lines))
+    prefix = folder / "small"
+    prepare(corpus_of([str(folder)], Reading()), str(prefix), Options(quiet=True))
+    return str(prefix)
+
+
+@pytest.fixture(scope="module")
+def config(corpus, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(CONFIG.format(data=corpus))
+    return str(path)
+
+
+def launch(argv: list[str], output: Path, watch: Callable[[int, str], None] | None = None) -> int:
+    """Run launch/pretrain.py in a forked child; its exit code. ``watch`` sees pid and output."""
+    import launch.pretrain
+    import mhc_megatron.training  # noqa: F401  imported once, before the fork
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        sys.argv = ["launch/pretrain.py"]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = launch.pretrain.main(argv)
+        multiprocessing.util._exit_function()  # Megatron's writers have a manager process
+        os._exit(code)
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if watch is not None:
+            watch(pid, output.read_text() if output.exists() else "")
+        time.sleep(0.02)
+
+
+def arguments(config: str, run: Path, *changes: str) -> list[str]:
+    words = ["--config", config, "--run-dir", str(run)]
+    for change in changes:
+        words += ["--set", change]
+    return words
+
+
+def records(run: Path, event: str) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["event"] == event]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint, the optimizer's too."""
+    import torch.distributed.checkpoint as dcp
+
+    step = (run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
+    folder = run / "checkpoints" / f"iter_{int(step):07d}"
+    reader = dcp.FileSystemReader(folder)
+    state = {
+        key: torch.empty(tuple(meta.size), dtype=meta.properties.dtype)
+        for key, meta in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(meta, "properties")
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+@pytest.fixture(scope="module")
+def whole_run(config, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("run") / "whole"
+    assert launch(arguments(config, run), run.parent / "out") == 0, (run.parent / "out").read_text()
+    return run
+
+
+def test_it_learns_and_says_so(whole_run):
+    losses = [record["loss"] for record in records(whole_run, "train")]
+    assert len(losses) == 12 and losses[0] > 5.4
+    assert losses[-1] < losses[0] - 1.5
+    start = records(whole_run, "start")[0]
+    assert start["hc_parameters"] == 4 * (24 * 128 + 24 + 3)
+    assert start["unigram_entropy"] < 3.5 and start["device"] == "cpu"
+    assert [r["iteration"] for r in records(whole_run, "valid")] == [6, 12, 12]
+    stability = records(whole_run, "stability")
+    assert [r["iteration"] for r in stability] == [1, 5, 10]
+    assert stability[0]["sublayers"] == ["0.attn", "0.mlp", "1.attn", "1.mlp"]
+    assert max(stability[-1]["row_error"]) < 1e-5
+    assert records(whole_run, "exit")[-1]["reason"] == "complete"
+    said = (whole_run.parent / "out").read_text()
+    assert re.search(r"iteration +12/12 +loss +\d\.\d+ +grad norm +\d.*tokens/s.*0:00 left", said)
+    assert list((whole_run / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_is_never_stopped_to_the_bit(sent, config, whole_run, tmp_path):
+    run = tmp_path / "run"
+    sent_at: list[float] = []
+
+    def stop(pid: int, said: str) -> None:
+        if re.search(r"iteration +4/12", said) and not sent_at:
+            sent_at.append(time.time())
+            os.kill(pid, sent)
+
+    assert launch(arguments(config, run), tmp_path / "out", stop) == 0
+    stopped = records(run, "exit")[-1]
+    assert stopped["reason"] == "signal" and 4 <= stopped["iteration"] < 12
+    assert "stopped at iteration" in (tmp_path / "out").read_text()
+    assert launch(arguments(config, run), tmp_path / "out") == 0
+    assert records(run, "resume")[-1]["iteration"] == stopped["iteration"]
+    ours, theirs = weights(run), weights(whole_run)
+    assert ours.keys() == theirs.keys() and len(ours) > 40
+    different = [key for key in ours if not torch.equal(ours[key], theirs[key])]
+    assert not different
+
+
+def test_plain_residuals_through_the_same_entry(config, tmp_path):
+    run = tmp_path / "run"
+    assert launch(arguments(config, run, "mhc.variant=none"), tmp_path / "out") == 0
+    assert records(run, "start")[0]["hc_parameters"] == 0 and not records(run, "stability")
+    assert not any("hc" in key.split(".") for key in weights(run))
+
+
+def truncated(corpus: str, folder: Path, end: str) -> str:
+    copy = folder / "cut"
+    for suffix in (".bin", ".idx", ".json"):
+        data = Path(corpus + suffix).read_bytes()
+        (folder / f"cut{suffix}").write_bytes(data[:-7] if suffix == end else data)
+    return str(copy)
+
+
+#: Name -> (changes, what the sentence says).
+BAD = {
+    "unknown key": (["num-layer=2"], "did you mean 'num-layers'"),
+    "unknown mhc key": (["mhc.varient=mhc"], "did you mean 'variant'"),
+    "no streams": (["mhc.n=0"], "n must be at least 1, not 0"),
+    "no iterations": (["train-iters=0"], "train-iters must be at least 1"),
+    "not a number": (["hidden-size=wide"], "invalid int value: 'wide'"),
+    "heads do not divide": (["num-attention-heads=5"], "contradictory settings"),
+    "iterations and samples": (["train-samples=100"], "contradictory settings"),
+    "warmup too long": (["lr-warmup-iters=12"], "must be smaller than train-iters (12)"),
+    "missing corpus": (["data-path=[no/such]"], "no/such.bin does not exist"),
+    "no data at all": (["data-path=null"], "no data: set data-path"),
+    "vocabulary too large": (["vocab-size=100"], "a vocabulary of 257, larger than the model's 100"),
+    "sequence longer than data": (
+        ["seq-length=100000", "max-position-embeddings=100000"],
+        "fewer than one sequence",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, config, tmp_path):
+    changes, sentence = BAD[name]
+    assert launch(arguments(config, tmp_path / "run", *changes), tmp_path / "out") == 2
+    said = (tmp_path / "out").read_text()
+    assert sentence in said and said.count("error:") == 1 and "Traceback" not in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("end", "sentence"), [(".bin", "truncated or of"), (".idx", "truncated")])
+def test_truncated_corpus(end, sentence, corpus, config, tmp_path):
+    prefix = truncated(corpus, tmp_path, end)
+    words = arguments(config, tmp_path / "run", f"data-path=[{prefix}]")
+    assert launch(words, tmp_path / "out") == 2
+    assert sentence in (tmp_path / "out").read_text()
+
+
+def test_unwritable_run_folder(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert launch(arguments(config, tmp_path / "file" / "run"), tmp_path / "out") == 2
+    assert "cannot write to the run's folder" in (tmp_path / "out").read_text()
+
+
+@pytest.mark.parametrize(
+    "change", ["hidden-size=64", "mhc.n=2", "mhc.variant=hc", "ffn-hidden-size=96"]
+)
+def test_a_checkpoint_of_another_model_is_left_alone(change, config, whole_run, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in (whole_run / "checkpoints").rglob("*")}
+    words = arguments(config, tmp_path / "run", change, "train-iters=20")
+    words += ["--set", f"load={whole_run / 'checkpoints'}"]
+    words += ["--set", f"save={whole_run / 'checkpoints'}"]
+    assert launch(words, tmp_path / "out") == 2, (tmp_path / "out").read_text()
+    said = (tmp_path / "out").read_text()
+    assert said.count("error:") == 1 and "checkpoint" in said
+    assert {p: p.stat().st_mtime_ns for p in (whole_run / "checkpoints").rglob("*")} == before
+
+
+def test_losses_are_those_of_the_corpus_bytes(whole_run, corpus):
+    """The entropy line of the report is the corpus's own, counted here from the .bin file."""
+    counts = np.bincount(np.fromfile(corpus + ".bin", dtype=np.uint16), minlength=257)
+    p = counts[counts > 0] / counts.sum()
+    recorded = records(whole_run, "start")[0]["unigram_entropy"]
+    assert recorded == pytest.approx(float(-(p * np.log(p)).sum()), rel=1e-9)
