@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,13 @@ from mhc_megatron.checkpoint.huggingface import name_errors
 from mhc_megatron.checkpoint.recipes import Output, Recipe, Region
 from mhc_megatron.checkpoint.safetensors_io import SafetensorsSource
 from mhc_megatron.checkpoint.torch_dist import TorchDistSource, place, stacked_layers, unstack
-from mhc_megatron.checkpoint.upcycle import mirror, optimizer_prefixes, torch_dist_plan
+from mhc_megatron.checkpoint.upcycle import (
+    add_groups,
+    drop_groups,
+    mirror,
+    optimizer_prefixes,
+    torch_dist_plan,
+)
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 
@@ -189,9 +196,22 @@ def megatron_plan(path: Path, layout_name: str, *, export: bool) -> Plan:
         for target in convert_layout(there, from_, to, layers, n, learned):
             outputs.append(_placed(target, layers, stacked, None, prefix))
     if export:
-        plan = torch_dist_plan(source, outputs)
-        return plan
-    return torch_dist_plan(source, outputs, settings(layout, n, learned, args, **_iterations(args)))
+        mhc = mhc_source(path)[1]
+        for name, value in megatron_settings(mhc).items():
+            setattr(args, name, value)
+        return torch_dist_plan(source, outputs, groups=drop_groups)
+    mhc = settings(layout, n, learned, args, **_iterations(args))
+    return torch_dist_plan(source, outputs, mhc, groups=lambda state: add_groups(state, mhc))
+
+
+def megatron_settings(mhc: MHCConfig) -> dict[str, Any]:
+    """The arguments of Megatron-LM's branches that go with their layout."""
+    return {
+        "enable_hyper_connections": True,
+        "num_residual_streams": mhc.n,
+        "mhc_sinkhorn_iterations": mhc.sinkhorn_iterations,
+        "mhc_init_gating_factor": mhc.alpha,
+    }
 
 
 def _iterations(args) -> dict:

@@ -23,7 +23,9 @@ from __future__ import annotations
 import copy
 import math
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -75,7 +77,9 @@ def upcycle_plan(
     for prefix in ["", *([] if drop_optimizer else moments)]:
         zero = prefix not in ("", *(p for p in moments if "param" in p))
         outputs += new_tensors(source, args, mhc, symmetry, prefix, zero)
-    return torch_dist_plan(source, outputs, mhc, release=release)
+    return torch_dist_plan(
+        source, outputs, mhc, release=release, groups=lambda state: add_groups(state, mhc)
+    )
 
 
 def _check(source: TorchDistSource, args: Namespace, mhc: MHCConfig) -> None:
@@ -163,6 +167,54 @@ def _constant(value: tuple[int, ...] | list[float], zero: bool) -> tuple[Recipe,
     return Recipe("values", (), {"data": value}), shape
 
 
+def add_groups(optimizer: Any, mhc: MHCConfig) -> None:
+    """Add the connections' parameter groups to an optimizer's stored state, in place.
+
+    Megatron pairs stored groups with a run's by their number and settings (core/optimizer/
+    optimizer.py:594); ``mhc_megatron.optimizer`` says which the connections have. Lists of groups
+    may lie in the state of a chained optimizer, one for each of its parts.
+    """
+    for groups in _group_lists(optimizer):
+        dense = [group for group in groups if not group.get("is_expert_parallel")]
+        if not dense:
+            continue
+        first = next((g for g in dense if g.get("wd_mult", 1.0) == 1.0), dense[0])
+        own_rate = mhc.lr_mult != 1
+        decays = {float(mhc.phi_weight_decay), 0.0}
+        for decay in sorted(decays):
+            if decay == 0.0 and not own_rate and any(g.get("wd_mult") == 0.0 for g in dense):
+                continue  # with the norms' weights
+            groups.append(_group(first, mhc.lr_mult, decay))
+
+
+def _group(first: dict[str, Any], lr_mult: float, decay: float) -> dict[str, Any]:
+    group = {**copy.deepcopy(first), "wd_mult": decay, "default_config": lr_mult == 1}
+    group["weight_decay"] = first.get("weight_decay", 0.0) * decay
+    for name in ("lr", "max_lr", "min_lr"):
+        if group.get(name) is not None:
+            group[name] = group[name] * lr_mult
+    return group
+
+
+def drop_groups(optimizer: Any) -> None:
+    """The inverse of ``add_groups``: one group for each weight decay, at the model's own rate."""
+    for groups in _group_lists(optimizer):
+        seen, kept = set(), []
+        for group in groups:
+            key = (group.get("wd_mult"), bool(group.get("is_expert_parallel")))
+            if group.get("default_config", True) and key not in seen:
+                seen.add(key)
+                kept.append(group)
+        groups[:] = kept
+
+
+def _group_lists(state: Any) -> list[list[dict[str, Any]]]:
+    if not isinstance(state, dict):
+        return []
+    found = [value for key, value in state.items() if key == "param_groups"]
+    return found + [x for value in state.values() for x in _group_lists(value)]
+
+
 def torch_dist_plan(
     source: TorchDistSource,
     outputs: list[Output],
@@ -170,20 +222,25 @@ def torch_dist_plan(
     *,
     release: bool | None = None,
     objects: dict[str, bytes] | None = None,
+    groups: Callable[[Any], None] | None = None,
 ) -> Plan:
     """A plan whose result is the source's checkpoint with other tensors and, with ``mhc``, settings.
 
     ``release``: without iteration, optimizer and random state, as a start of another run.
+    ``groups`` changes the optimizer's stored parameter groups.
     """
     common = copy.deepcopy(source.common)
     release = source.path.name == "release" if release is None else release
     kept = {key: source.object_bytes(key) for key in source.objects}
     if release and source.path.name != "release":
         kept = {key: data for key, data in kept.items() if "_extra_state" in key}
-        common = {k: common[k] for k in ("args", "checkpoint_version", "content_metadata") if k in common}
+        names = ("args", "checkpoint_version", "content_metadata")
+        common = {name: common[name] for name in names if name in common}
         common |= {"iteration": 0, "num_floating_point_operations_so_far": 0.0}
     if mhc is not None:
         common["args"].mhc = mhc.to_mapping()
+    if groups is not None:
+        groups(common.get("optimizer"))
     kept |= objects or {}
     kept[torch_dist.COMMON] = archive(common)
     folder = "release" if release else source.path.name
