@@ -117,14 +117,15 @@ def _defaults(settings: Settings) -> dict[str, Any]:
         "exit-signal-handler": True,
         "no-one-logger": True,
     }
+    # What Megatron fuses by default comes from packages that may not be there.
     if importlib.util.find_spec("transformer_engine") is None:
-        # What Megatron fuses by default comes from Transformer Engine or Apex.
         values |= {
             "transformer-impl": "local",
             "no-persist-layer-norm": True,
-            "no-gradient-accumulation-fusion": True,
             "no-masked-softmax-fusion": True,
         }
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA's Apex
+        values["no-gradient-accumulation-fusion"] = True
     return values
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 import time
 from typing import Any
@@ -282,6 +283,7 @@ class _NoMemory(dict):
 def _patch_megatron() -> None:
     """The few places in Megatron that no stand-in of ``torch.cuda`` reaches."""
     from megatron.core.models.hybrid import hybrid_block
+    from megatron.core.optimizer import distrib_optimizer
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer import dot_product_attention, torch_norm
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -307,6 +309,46 @@ def _patch_megatron() -> None:
     # Transformer Engine's attention takes (dot_product_attention.py:46).
     attention = dot_product_attention.DotProductAttention
     _replace(attention, "__init__", _attention_with_channels(attention.__init__))
+    # optimizer/distrib_optimizer.py loads checkpoints for Transformer Engine's Adam: torch's has a
+    # step of its own, not there before the first one (:837) and not among what comes back (:1222).
+    optimizer = distrib_optimizer.DistributedOptimizer
+    for name, wrap in (
+        ("sharded_state_dict", _with_a_step),
+        ("_set_main_param_and_optimizer_states", _keeping_the_step),
+    ):
+        _replace(optimizer, name, wrap(getattr(optimizer, name)))
+
+
+def _with_a_step(sharded_state_dict):
+    """``DistributedOptimizer.sharded_state_dict`` that finds a step when it is about to load."""
+
+    @functools.wraps(sharded_state_dict)
+    def ready(self, model_sharded_state_dict, is_loading: bool = False, **kwargs: Any):
+        if is_loading and not self.optimizer.state:
+            self.init_state_fn(self.optimizer, self.config)
+            for state in self.optimizer.state.values():
+                state.setdefault("step", torch.zeros(()))
+        return sharded_state_dict(self, model_sharded_state_dict, is_loading, **kwargs)
+
+    return ready
+
+
+def _keeping_the_step(set_states):
+    """Sets a parameter's state from a checkpoint; its step, which has come already, stays.
+
+    A copy of it: :1029 gives all parameters one tensor, which AdamW would count up for each of them.
+    """
+
+    @functools.wraps(set_states)
+    @torch.no_grad()
+    def set_others(self, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+        set_states(self, model_param, {**tensors, "step": state.get("step")})
+
+    return set_others
 
 
 class _NoFP8:

@@ -8,6 +8,12 @@ with ``--optimizer muon``, orthogonalised like one. Their group here:
 - weight decay times ``MHCConfig.phi_weight_decay`` for phi, none for alpha and b;
 - AdamW (or what ``--muon-scalar-optimizer`` says) whatever the optimizer of the weights is.
 
+The group is also never merged with another one of the same multipliers: a group that mixes float32
+with half-precision parameters is saved wrongly by the distributed optimizer, which looks its
+members up in their original order but keeps the float32 ones first (distrib_optimizer.py:1097
+reads what :535 reordered), and a checkpoint's groups are told apart by their settings alone
+(optimizer.py:139).
+
 Leans on core/optimizer/__init__.py of megatron-core 0.19.2: ``config_overrides`` of
 ``get_megatron_optimizer`` and the registry of emerging optimizers.
 """
@@ -53,7 +59,8 @@ def connection_overrides(
         ("mhc_phi", is_projection, mhc.phi_weight_decay),
         ("mhc_vectors", lambda p: is_connection(p) and not is_projection(p), 0.0),
     ):
-        override = ParamGroupOverride(wd_mult=decay)
+        # What sets the group apart: nothing else in Megatron 0.19.2 sets or reads this flag.
+        override = ParamGroupOverride(wd_mult=decay, is_decoupled_lr=True)
         if mhc.lr_mult != 1:
             override["max_lr"] = config.lr * mhc.lr_mult
             override["min_lr"] = (config.min_lr or 0.0) * mhc.lr_mult

@@ -50,6 +50,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
+from mhc_megatron.half_precision import name_every_parameter
 from mhc_megatron.layer_spec import mhc_layer_spec
 from mhc_megatron.optimizer import group_connections
 from mhc_megatron.pipeline import embedding_ranks, widen_pipeline
@@ -152,6 +153,7 @@ def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None
     datasets.is_distributed = True
     group_connections(mhc)
     explain_checkpoint_errors(mhc)
+    name_every_parameter()
     megatron_training.pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         datasets,

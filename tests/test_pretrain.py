@@ -183,6 +183,21 @@ def test_stopped_and_resumed_is_never_stopped_to_the_bit(sent, config, whole_run
     assert not different
 
 
+@pytest.mark.parametrize("distributed", [False, True])
+def test_bf16_resumes_to_the_bit(distributed, config, tmp_path):
+    """Float32 connections in a bf16 model, with Megatron's plain and its distributed optimizer."""
+    half = ["bf16=true", f"use-distributed-optimizer={str(distributed).lower()}"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert launch(arguments(config, whole, *half), tmp_path / "out") == 0
+    assert launch(arguments(config, run, *half, "exit-interval=6"), tmp_path / "out") == 0
+    assert launch(arguments(config, run, *half), tmp_path / "out") == 0
+    assert records(run, "resume")[-1]["iteration"] == 6
+    ours, theirs = weights(run), weights(whole)
+    assert ours.keys() == theirs.keys()
+    assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
+    assert all(value.dtype == torch.float32 for key, value in ours.items() if "_hc." in key)
+
+
 def test_plain_residuals_through_the_same_entry(config, tmp_path):
     run = tmp_path / "run"
     assert launch(arguments(config, run, "mhc.variant=none"), tmp_path / "out") == 0

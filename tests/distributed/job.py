@@ -31,21 +31,11 @@ from mhc_megatron.connection import HyperConnection
 from mhc_megatron.optimizer import connection_overrides
 from mhc_megatron.streams import is_connection
 
-from tests.distributed.data import BATCH, SEQUENCE, VOCABULARY
+from tests.distributed.data import BATCH, OPTIMIZER, SEQUENCE, VOCABULARY
 from tests.distributed.models import build, initialize
 
 #: Large alpha and phi, so that a wrong H_res anywhere shows in the loss.
 MHC = {"variant": "mhc", "n": 4, "alpha": 0.5, "init_std": 0.1}
-
-OPTIMIZER = {
-    "optimizer": "adam",
-    "lr": 3e-3,
-    "min_lr": 3e-3,
-    "weight_decay": 0.1,
-    # Gradients that are nothing but rounding must not move a parameter by a whole step.
-    "adam_eps": 1e-5,
-    "clip_grad": 0.5,
-}
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +46,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     mhc = MHCConfig(**(MHC | job.get("mhc", {})))
     tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
     torch.manual_seed(11)
-    ddp = {"grad_reduce_in_fp32": True, **layout.get("ddp", {}), **job.get("ddp", {})}
+    ddp = {"grad_reduce_in_fp32": True, **job.get("ddp", {}), **layout.get("ddp", {})}
     model = build(job["kind"], layout, mhc, ddp)
     if not job.get("load"):
         stir(model)
@@ -70,6 +60,10 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     first = job.get("first_step", 0)
     steps = [step(model, optimizer, s) for s in range(first, first + job.get("steps", 3))]
     if job.get("save"):
+        if ddp.get("overlap_param_gather"):
+            # As training/training.py does before it saves: the last step's parameters arrive.
+            for chunk in model:
+                chunk.disable_forward_pre_hook()
         save(job, model, optimizer)
     return {
         "loss": [loss for loss, _ in steps],
@@ -191,6 +185,7 @@ def save(job: dict[str, Any], model, optimizer) -> None:
         _sharded_state(job, model, optimizer),
         job["save"],
         async_sharded_save=job.get("asynchronous", False),
+        async_strategy="mcore",
         content_metadata=_metadata(job),
     )
     if request is not None:
@@ -288,3 +283,32 @@ def _main_parameters(optimizer) -> dict[int, torch.Tensor]:
             ):
                 pairs += zip(group, mains, strict=True)
     return {id(parameter): main for parameter, main in pairs}
+
+
+# ------------------------------------------------------------------------------- parameter groups
+
+
+def groups(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name of a parameter -> its group's multipliers and the class of its optimizer."""
+    initialize(job["kind"], job["layout"])
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    mhc = MHCConfig(**(MHC | job.get("mhc", {})))
+    ddp = job.get("ddp", {})
+    model = build(job["kind"], job["layout"], mhc, ddp)
+    optimizer = make_optimizer(job, model, ddp, mhc)
+    names = {id(p): name for name, p in unwrap_model(model)[0].named_parameters()}
+    seen = {}
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        whole = getattr(part, "model_param_group_index_map", None)
+        for index, group in enumerate(part.param_groups):
+            members = group["params"]
+            if whole is not None:
+                # The distributed optimizer steps shards; this maps parameters to groups.
+                members = [p for p, (of, _) in whole.items() if of == index]
+            for parameter in members:
+                seen[names[id(parameter)]] = {
+                    "wd_mult": group["wd_mult"],
+                    "max_lr": group["max_lr"],
+                    "optimizer": type(part.optimizer).__name__,
+                }
+    return seen

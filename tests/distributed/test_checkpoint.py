@@ -14,44 +14,47 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 2
 
-#: kind, layout that saves, layout that goes on, further settings of both jobs.
-MOVES = {
-    "one rank to TP2, SP, PP2": ("dense", {}, {"world": 4, "tp": 2, "sp": True, "pp": 2}, {}),
+#: kind, layout that saves, layout that goes on, further settings of both jobs. Megatron moves the
+#: optimizer's state between model-parallel layouts with the distributed optimizer alone.
+RESHARDABLE = {"ddp": DISTRIBUTED_OPTIMIZER["ddp"], "sharding": "fully_reshardable"}
+MOVES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "one rank to TP2, SP, PP2": ("dense", {}, {"world": 4, "tp": 2, "sp": True, "pp": 2}, RESHARDABLE),
     "PP2, VPP2 to one rank, asynchronous": (
         "dense",
         {"world": 2, "pp": 2, "vp": 2},
         {},
-        {"asynchronous": True},
+        {**RESHARDABLE, "asynchronous": True},
     ),
-    "TP2, SP, DP2 to PP2, distributed optimizer, fully reshardable": (
+    "TP2, SP, DP2 to PP2": (
         "dense",
-        {"world": 4, "tp": 2, "sp": True, **DISTRIBUTED_OPTIMIZER},
-        {"world": 2, "pp": 2, **DISTRIBUTED_OPTIMIZER},
-        {"sharding": "fully_reshardable"},
+        {"world": 4, "tp": 2, "sp": True},
+        {"world": 2, "pp": 2},
+        RESHARDABLE,
     ),
-    "PP2 to TP2, overlapped distributed optimizer, fully reshardable, asynchronous": (
+    "PP2, DP2, overlaps to TP2, asynchronous": (
         "dense",
-        {"world": 4, "pp": 2, **OVERLAPPED},
-        {"world": 2, "tp": 2, **DISTRIBUTED_OPTIMIZER},
-        {"sharding": "fully_reshardable", "asynchronous": True},
+        {"world": 4, "pp": 2, "ddp": {**OVERLAPPED["ddp"], "bucket_size": None}},
+        {"world": 2, "tp": 2},
+        {**RESHARDABLE, "asynchronous": True},
     ),
-    "DP2 to DP4, distributed optimizer": (
+    "DP2 to DP4, dp_reshardable": (
         "dense",
-        {"world": 2, **DISTRIBUTED_OPTIMIZER},
-        {"world": 4, **DISTRIBUTED_OPTIMIZER},
-        {},
+        {"world": 2},
+        {"world": 4},
+        {"ddp": DISTRIBUTED_OPTIMIZER["ddp"]},
     ),
-    "MoE: EP2 to PP2, distributed optimizer, fully reshardable": (
+    "one rank to DP2, no distributed optimizer": ("dense", {}, {"world": 2}, {}),
+    "MoE: EP2 to EP2, PP2": (
         "MoE alltoall",
-        {"world": 2, "ep": 2, **DISTRIBUTED_OPTIMIZER},
-        {"world": 2, "pp": 2, **DISTRIBUTED_OPTIMIZER},
-        {"sharding": "fully_reshardable"},
+        {"world": 2, "ep": 2},
+        {"world": 4, "ep": 2, "pp": 2},
+        RESHARDABLE,
     ),
-    "learned exit: PP2 to TP2, SP": (
+    "learned exit, own learning rate: PP2 to TP2, SP": (
         "dense",
         {"world": 2, "pp": 2},
         {"world": 2, "tp": 2, "sp": True},
-        {"mhc": {"exit": "learned"}},
+        {**RESHARDABLE, "mhc": {"exit": "learned", "lr_mult": 0.5}},
     ),
 }
 
