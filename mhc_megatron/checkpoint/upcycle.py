@@ -179,16 +179,13 @@ def add_groups(optimizer: Any, mhc: MHCConfig) -> None:
         if not dense:
             continue
         first = next((g for g in dense if g.get("wd_mult", 1.0) == 1.0), dense[0])
-        own_rate = mhc.lr_mult != 1
-        decays = {float(mhc.phi_weight_decay), 0.0}
-        for decay in sorted(decays):
-            if decay == 0.0 and not own_rate and any(g.get("wd_mult") == 0.0 for g in dense):
-                continue  # with the norms' weights
+        for decay in sorted({float(mhc.phi_weight_decay), 0.0}):
             groups.append(_group(first, mhc.lr_mult, decay))
 
 
 def _group(first: dict[str, Any], lr_mult: float, decay: float) -> dict[str, Any]:
-    group = {**copy.deepcopy(first), "wd_mult": decay, "default_config": lr_mult == 1}
+    group = {**copy.deepcopy(first), "wd_mult": decay, "default_config": False}
+    group["is_decoupled_lr"] = True  # what sets the group apart
     group["weight_decay"] = first.get("weight_decay", 0.0) * decay
     for name in ("lr", "max_lr", "min_lr"):
         if group.get(name) is not None:
