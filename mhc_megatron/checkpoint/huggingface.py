@@ -476,10 +476,5 @@ def cast_output(
 
 
 def _dtype_name(outputs: list[Output]) -> str:
-    sizes: dict[torch.dtype, int] = {}
-    for output in outputs:
-        sizes[output.dtype] = sizes.get(output.dtype, 0) + output.nbytes
-    largest = max(sizes, key=lambda d: sizes[d])
-    return {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(
-        largest, "bfloat16" if largest == torch.float8_e4m3fn else "float32"
-    )
+    """The dtype in which a model is to be loaded: its embedding's."""
+    return str(outputs[0].dtype).removeprefix("torch.")
