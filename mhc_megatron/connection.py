@@ -183,7 +183,9 @@ class HyperConnection(nn.Module):
 
     @property
     def _ops(self):
-        return reference if self.mhc.kernels == "reference" else mhc_kernels
+        # The fused kernels know Eq. (9) alone.
+        eager = self.mhc.kernels == "reference" or self.mhc.sinkhorn != "paper"
+        return reference if eager else mhc_kernels
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n, self.C))
@@ -193,6 +195,7 @@ class HyperConnection(nn.Module):
             "variant": self.mhc.variant,
             "iterations": self.mhc.sinkhorn_iterations,
             "eps": self.mhc.norm_eps,
+            **({} if self.mhc.sinkhorn == "paper" else {"sinkhorn_kind": self.mhc.sinkhorn}),
         }
 
     def _take_coefficients(self) -> tuple[Tensor, Tensor | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from mhc_kernels.reference import project
+from mhc_kernels.reference import V4_EPS, project
 from torch import Tensor, nn
 
 from mhc_megatron.config import MHCConfig
@@ -42,6 +42,7 @@ class Exit(nn.Module):
             mhc.exit == "learned",
             mhc.norm_eps,
         )
+        self.weight_eps = V4_EPS if mhc.sinkhorn == "deepseek-v4" else 0.0
         if self.learned:
             options = {"dtype": torch.float32, "device": device}
             self.phi = nn.Parameter(torch.zeros(mhc.n, mhc.n * hidden_size, **options))
@@ -54,6 +55,7 @@ class Exit(nn.Module):
         if not self.learned:
             return x.mean(dim=-2)
         weights = torch.sigmoid(self.alpha * project(x, self.phi, self.eps) + self.bias)
+        weights = weights + self.weight_eps
         return torch.einsum("...n,...nc->...c", weights, x.float()).to(x.dtype)
 
     def _apply(self, fn, recurse: bool = True):

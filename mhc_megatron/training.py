@@ -392,7 +392,7 @@ def explain_checkpoint_errors(mhc: MHCConfig) -> None:
 
     def compared(checkpoint_args, *args, **kwargs):
         was = getattr(checkpoint_args, "mhc", None) or {"variant": "none"}
-        for key in ("variant", "n", "exit", "sinkhorn_iterations"):
+        for key in ("variant", "n", "exit", "sinkhorn", "sinkhorn_iterations"):
             now = getattr(mhc, key)
             if key in was and was[key] != now:
                 raise UserError(
