@@ -11,7 +11,7 @@ with ``--optimizer muon``, orthogonalised like one. Their group here:
 The group is also never merged with another one of the same multipliers: a group that mixes float32
 with half-precision parameters is saved wrongly by the distributed optimizer, which looks its
 members up in their original order but keeps the float32 ones first (distrib_optimizer.py:1097
-reads what :535 reordered), and a checkpoint's groups are told apart by their settings alone
+reads what :488 reordered), and a checkpoint's groups are told apart by their settings alone
 (optimizer.py:139).
 
 Leans on core/optimizer/__init__.py of megatron-core 0.19.2: ``config_overrides`` of
