@@ -54,7 +54,6 @@ from torch.distributed.checkpoint import CheckpointException
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
-from mhc_megatron.half_precision import name_every_parameter
 from mhc_megatron.layer_spec import mhc_layer_spec
 from mhc_megatron.optimizer import group_connections
 from mhc_megatron.pipeline import embedding_ranks, widen_pipeline
@@ -160,7 +159,6 @@ def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None
     datasets.is_distributed = True
     group_connections(mhc)
     explain_checkpoint_errors(mhc)
-    name_every_parameter()
     megatron_training.pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         datasets,
@@ -352,6 +350,14 @@ def check_arguments(args: Namespace) -> None:
         )
     if not args.mock_data and get_blend_and_blend_per_split(args) == (None, None):
         raise UserError("no data: set data-path, or mock-data: true.")
+    half = args.bf16 or args.fp16
+    if half and MHCConfig(**args.mhc).enabled and not args.use_distributed_optimizer:
+        # core/optimizer/optimizer.py:1138 numbers the half-precision parameters alone, where the
+        # state that it saves numbers all of them.
+        raise UserError(
+            "Megatron's plain half-precision optimizer cannot save the connections' float32 "
+            "parameters; set use-distributed-optimizer: true (it works on one GPU as well)."
+        )
     tied = not args.untie_embeddings_and_output_weights
     if args.mtp_num_layers and args.pipeline_model_parallel_size > 1 and tied:
         # models/common/language_module/language_module.py:497 fails on every such save and load.
@@ -386,7 +392,7 @@ def explain_checkpoint_errors(mhc: MHCConfig) -> None:
 
     def compared(checkpoint_args, *args, **kwargs):
         was = getattr(checkpoint_args, "mhc", None) or {"variant": "none"}
-        for key in ("variant", "n", "exit", "sinkhorn_iterations"):
+        for key in ("variant", "n", "exit", "sinkhorn", "sinkhorn_iterations"):
             now = getattr(mhc, key)
             if key in was and was[key] != now:
                 raise UserError(

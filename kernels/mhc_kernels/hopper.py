@@ -10,12 +10,11 @@ For bfloat16 streams, n = 4 and no fused norm; ``launch`` keeps the plain kernel
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
@@ -34,10 +33,10 @@ def pieces(x, BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr):
     """[BT, BC] as a tuple of [BT, WN, 4]: the elements of a row that one thread holds, one by one.
 
     In the matrix units' output four neighbouring lanes share a row and hold two adjacent columns of
-    every eight; nothing moves.
+    every eight, and WN warps side by side take turns. Nothing moves.
     """
     groups: gl.constexpr = BC // (8 * WN)
-    view = gl.reshape(x, [BT, WN, groups, 4, 2])
+    view = gl.permute(gl.reshape(x, [BT, groups, WN, 4, 2]), [0, 2, 1, 3, 4])
     halves = gl.split(view)
     out = ()
     for h in gl.static_range(2):
@@ -89,15 +88,18 @@ def load_stage(
 
 
 @gluon.jit
-def phi_gradients(w_tiles, phi_tiles, slot, n: gl.constexpr, zero):
-    """w phi of every stream, started: high x high, low x high, high x low in bf16."""
+def add_phi_gradients(
+    G, w_high, w_low, phi_tiles, slot, n: gl.constexpr, mma: gl.constexpr
+):  # fmt: skip
+    """G + w phi of every stream, with the warp-wide instruction, which takes tiles of 16 tokens."""
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     out = ()
     for o in gl.static_range(n):
-        high = phi_tiles.index(slot * 2 * n + o)
-        acc = warpgroup_mma(w_tiles.index(0), high, zero, use_acc=False, is_async=True)
-        acc = warpgroup_mma(w_tiles.index(1), high, acc, is_async=True)
-        low = phi_tiles.index(slot * 2 * n + n + o)
-        out = out + (warpgroup_mma(w_tiles.index(0), low, acc, is_async=True),)
+        high = phi_tiles.index(slot * 2 * n + o).load(right)
+        acc = mma_v2(w_high, high, G[o])
+        acc = mma_v2(w_low, high, acc)
+        low = phi_tiles.index(slot * 2 * n + n + o).load(right)
+        out = out + (mma_v2(w_high, low, acc),)
     return out
 
 
@@ -208,7 +210,7 @@ def boundary_grad_hopper_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BT // 16, WN], [16, BC // WN, 16])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [BT // 16, WN], [16, 8])
     row: gl.constexpr = gl.SliceLayout(1, mma)
     tile = gl.program_id(0)
     part = gl.program_id(1)
@@ -264,16 +266,19 @@ def boundary_grad_hopper_kernel(
     d_res = ()
     for _ in gl.static_range(n * n if POST and RES else 0):
         d_res = d_res + (empty,)
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    w_high = zero
+    w_low = zero
     if PRE:
         mbarrier.wait(w_bar, 0)
+        w_high = w_tiles.index(0).load(left)
+        w_low = w_tiles.index(1).load(left)
 
     slot = 0
     phase = 0
     for chunk in range(first, last):
+        c0 = chunk * BC
         mbarrier.wait(ready.index(slot), phase)
-        acc = ()
-        if PRE:
-            acc = phi_gradients(w_tiles, phi_tile, slot, n, zero)
         x = ()
         for i in gl.static_range(n):
             x = x + (x_tile.index(slot * n + i).load(mma).to(gl.float32),)
@@ -296,11 +301,7 @@ def boundary_grad_hopper_kernel(
                 part_of_G += token[o][:, None] * du
             G = G + (part_of_G,)
         if PRE:
-            acc = warpgroup_mma_wait(0, deps=acc)
-            total = ()
-            for o in gl.static_range(n):
-                total = total + (acc[o] + G[o],)
-            G = total
+            G = add_phi_gradients(G, w_high, w_low, phi_tile, slot, n, mma)
         for i in gl.static_range(n):
             dx = G[i]
             if POST and RES:
@@ -317,7 +318,6 @@ def boundary_grad_hopper_kernel(
         if POST:
             d_post, d_res = add_coefficient_grads(d_post, d_res, G, x, y, n, BT, BC, WN, RES)
         gl.thread_barrier()
-        c0 = chunk * BC
         tma.async_copy_shared_to_global(dx_desc, [0, t0, c0], g_tiles.index(slot))
         if POST:
             tma.async_copy_shared_to_global(dy_desc, [t0, c0], y_tiles.index(2 * slot + 1))
@@ -365,10 +365,10 @@ def round_pairs(x):
 
 
 @gluon.jit
-def add_squares(total, out, BT: gl.constexpr, BC: gl.constexpr):
+def add_squares(total, out, BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr):
     """total + the squares of a tile, summed inside each thread."""
-    parts = pieces(out.to(gl.float32), BT, BC, 1)
-    return add_products(total, parts, parts, BC // 4)
+    parts = pieces(out.to(gl.float32), BT, BC, WN)
+    return add_products(total, parts, parts, BC // (4 * WN))
 
 
 @gluon.jit(do_not_specialize=["T", "per_part"])
@@ -388,6 +388,7 @@ def post_project_hopper_kernel(
     KP: gl.constexpr,
     BT: gl.constexpr,
     BC: gl.constexpr,
+    WN: gl.constexpr,
     POST: gl.constexpr,
     RES: gl.constexpr,
     STAGES: gl.constexpr,
@@ -400,9 +401,10 @@ def post_project_hopper_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BT // 16, 1], [16, 2 * KP, 16])
-    tile_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BT // 16, 1], [16, BC, 16])
-    row: gl.constexpr = gl.SliceLayout(1, tile_layout)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [BT // 16, WN], [16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    row: gl.constexpr = gl.SliceLayout(1, mma)
     t0 = gl.program_id(0) * BT
     part = gl.program_id(1)
     first = part * per_part
@@ -432,7 +434,7 @@ def post_project_hopper_kernel(
         if RES:
             H_res = load_columns(H_res_ptr, rows, n * n, n * n, mask)
     acc = gl.full([BT, 2 * KP], 0.0, gl.float32, layout=mma)
-    squares = pieces(gl.full([BT, BC], 0.0, gl.float32, layout=tile_layout), BT, BC, 1)[0]
+    squares = pieces(gl.full([BT, BC], 0.0, gl.float32, layout=mma), BT, BC, WN)[0]
 
     slot = 0
     phase = 0
@@ -440,9 +442,9 @@ def post_project_hopper_kernel(
         mbarrier.wait(ready.index(slot), phase)
         x = ()
         for i in gl.static_range(n):
-            x = x + (x_tile.index(slot * n + i).load(tile_layout),)
+            x = x + (x_tile.index(slot * n + i).load(mma),)
         if POST:
-            y = y_tiles.index(slot).load(tile_layout).to(gl.float32)
+            y = y_tiles.index(slot).load(mma).to(gl.float32)
             for o in gl.static_range(n):
                 out = H_post[o][:, None] * y
                 if RES:
@@ -452,19 +454,18 @@ def post_project_hopper_kernel(
                     out += x[o].to(gl.float32)
                 x_next = round_pairs(out)
                 x_tile.index(slot * n + o).store(x_next)
-                squares = add_squares(squares, x_next, BT, BC)
+                squares = add_squares(squares, x_next, BT, BC, WN)
             fence_async_shared()
         else:
             for o in gl.static_range(n):
-                squares = add_squares(squares, x[o], BT, BC)
+                squares = add_squares(squares, x[o], BT, BC, WN)
         gl.thread_barrier()
         if POST:
             tma.async_copy_shared_to_global(x_next_desc, [0, t0, chunk * BC], x_tiles.index(slot))
         for o in gl.static_range(n):
-            phi = phi_tile.index(slot * n + o).permute((1, 0))
-            acc = warpgroup_mma(x_tile.index(slot * n + o), phi, acc, is_async=True)
-        # The stage of the step before is free: its products are done, x_next has left it.
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+            phi = phi_tile.index(slot * n + o).permute((1, 0)).load(right)
+            acc = mma_v2(x_tile.index(slot * n + o).load(left), phi, acc)
+        # The stage of the step before is free: all warps are past it, x_next has left it.
         if POST:
             tma.store_wait(1)
         free = slot + STAGES - 1
@@ -481,9 +482,8 @@ def post_project_hopper_kernel(
     square = gl.convert_layout(gl.sum(gl.sum(squares, axis=2), axis=1), row)
     part_row = part.to(gl.int64) * T
     gl.store(gram_ptr + part_row + rows, square, mask=mask)
-    high, low = gl.split(gl.permute(gl.reshape(acc, [BT, 2, KP]), [0, 2, 1]))
-    flat: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [BT // 16, 1], [1, 0])
-    projected = gl.convert_layout(high + low, flat)
+    flat: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [BT // 16, WN], [1, 0])
+    projected = gl.convert_layout(gl.sum(gl.reshape(acc, [BT, 2, KP]), axis=1), flat)
     rows = (t0 + gl.arange(0, BT, layout=gl.SliceLayout(1, flat))).to(gl.int64)
     k = gl.arange(0, KP, layout=gl.SliceLayout(0, flat))
     at = (part_row + rows)[:, None] * KP + k[None, :]

@@ -28,6 +28,8 @@ from .refill import refill_kernel
 INTERPRETED = triton.knobs.runtime.interpret
 #: phi entries one program splits, dphi entries one program sums.
 PHI_WIDTH = 2048
+#: Programs that add up dalpha and dbias.
+FINISHERS = 32
 #: Sublayers one refill launch covers; longer blocks take several.
 REFILL_LAYERS = 8
 
@@ -76,8 +78,9 @@ class Plan:
         return self.n * self.C // self.block("phi_grad").BC
 
     def boundary_tiles(self) -> int:
-        """Tiles of tokens in ``boundary_grad``."""
-        return triton.cdiv(self.T, self.block("boundary_grad").BT)
+        """Tiles of tokens in ``boundary_grad``, at most."""
+        blocks = self.block("boundary_grad"), self.block("boundary_grad_hopper")
+        return triton.cdiv(self.T, min(b.BT for b in blocks))
 
     def new(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=self.device)
@@ -177,6 +180,7 @@ def project(
             KP=s.KP,
             BT=b.BT,
             BC=b.BC,
+            WN=16 * b.warps // b.BT,
             POST=y is not None,
             RES=H_res is not None,
             STAGES=b.stages,
@@ -275,7 +279,7 @@ class LogitsGrad:
     w: Tensor  # [T, 2 KP] bf16 high and low, or [T, KP] float32
     sums: Tensor  # [blocks, 2 KP]: sums of dlogits and dlogits * p
     split: Tensor | None  # [2, K, nC] bf16: phi, high and low
-    counters: Tensor  # int32 zeros: one a block of phi_grad, then one a tile of boundary_grad
+    counters: Tensor  # int32 zeros: one a block of phi_grad, one, one a tile of boundary_grad
 
 
 def logits_grad(
@@ -296,17 +300,18 @@ def logits_grad(
 ) -> LogitsGrad:
     """The gradient of the logits, from du and dH."""
     b, logit_b = s.block("read_grad"), s.block("logits_grad")
-    tiles, logit_blocks = triton.cdiv(s.T, b.BT), triton.cdiv(s.T, logit_b.BT)
-    counters = s.new(s.phi_columns() + s.boundary_tiles(), dtype=torch.int32)
+    tiles = triton.cdiv(s.T, b.BT)
+    programs = tiles * (b.BT // logit_b.BT + 1)
+    counters = s.new(s.phi_columns() + 1 + s.boundary_tiles(), dtype=torch.int32)
     out = LogitsGrad(
         token=s.new(s.T, s.n + 4),
         w=s.new(s.T, 2 * s.KP, dtype=torch.bfloat16) if s.split else s.new(s.T, s.KP),
-        sums=s.new(logit_blocks + tiles, 2 * s.KP),
+        sums=s.new(programs, 2 * s.KP),
         split=s.new(2, s.K, s.n * s.C, dtype=torch.bfloat16) if s.split else None,
         counters=counters,
     )
     last = max(phi.numel() if s.split else 0, counters.numel())
-    logits_grad_kernel[_grid(logit_blocks + tiles + triton.cdiv(last, PHI_WIDTH))](
+    logits_grad_kernel[_grid(programs + triton.cdiv(last, PHI_WIDTH))](
         x,
         du,
         norm_weight,
@@ -325,7 +330,6 @@ def logits_grad(
         phi,
         out.split,
         s.T,
-        logit_blocks,
         tiles,
         counters.numel(),
         phi.numel(),
@@ -357,20 +361,22 @@ def phi_grad(
     """dphi [K, nC], dalpha and dbias."""
     b = s.block("phi_grad")
     columns, blocks = s.phi_columns(), triton.cdiv(s.T, b.BT)
-    parts = tuning.parts(columns + 1, blocks, b.split, 3 * s.multiprocessors)
+    parts = tuning.parts(columns, blocks, b.split, 3 * s.multiprocessors)
     per_part = triton.cdiv(blocks, parts)
     parts = triton.cdiv(blocks, per_part)
     dphi, dalpha, dbias = s.new(s.K, s.n * s.C), torch.empty_like(alpha), s.new(s.K)
-    phi_grad_kernel[_grid(columns + 1, parts)](
+    phi_grad_kernel[_grid(FINISHERS + columns, parts)](
         s.rows(x, b),
         s.rows(logits.w, b, logits.w.shape[1]),
         s.new(parts if parts > 1 else 0, s.K, s.n * s.C),
         dphi,
         logits.counters,
         logits.sums,
+        s.new(FINISHERS, 2 * s.KP),
         dalpha,
         dbias,
         s.T,
+        columns,
         parts,
         per_part,
         logits.sums.shape[0],
@@ -380,6 +386,7 @@ def phi_grad(
         KP=s.KP,
         BT=b.BT,
         BC=b.BC,
+        FINISHERS=FINISHERS,
         RES=s.R > 0,
         SPLIT=s.split,
         **s.options(b, looped=True),
@@ -403,12 +410,12 @@ def boundary_grad(
     """dx, dy, dH_post, dH_res. Without y: of a pre alone; without logits: of a post alone."""
     fast = s.hopper and y_bias is None and norm_weight is None
     b = s.block("boundary_grad_hopper" if fast else "boundary_grad")
-    tiles, chunks = s.boundary_tiles(), s.C // b.BC
+    tiles, chunks = triton.cdiv(s.T, b.BT), s.C // b.BC
     parts = tuning.parts(tiles, chunks, b.split, s.slots(b))
     per_part = triton.cdiv(chunks, parts)
     parts = triton.cdiv(chunks, per_part)
     dx, dy, dH_post, dH_res, partial = torch.empty_like(x), None, None, None, None
-    counters = None if logits is None else logits.counters[s.phi_columns() :]
+    counters = None if logits is None else logits.counters[s.phi_columns() + 1 :]
     if y is not None:
         dy, dH_post = torch.empty_like(y), s.new(s.T, s.n)
         dH_res = None if H_res is None else s.new(s.T, s.n, s.n)

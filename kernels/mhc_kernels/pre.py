@@ -87,8 +87,8 @@ def sum_of_squares(gram_parts_ptr, rows, mask, parts, part_rows, n: tl.constexpr
     count: tl.constexpr = n * (n + 1) // 2 if NORM else 1
     total = sum_parts(gram_parts_ptr, rows * count, parts, part_rows * count, mask)
     for i in tl.static_range(1, n if NORM else 1):
-        k: tl.constexpr = i * n - i * (i - 1) // 2
-        total += sum_parts(gram_parts_ptr, rows * count + k, parts, part_rows * count, mask)
+        at = rows * count + (i * n - i * (i - 1) // 2)
+        total += sum_parts(gram_parts_ptr, at, parts, part_rows * count, mask)
     return total
 
 
@@ -157,7 +157,7 @@ def read_kernel(
         tl.store(to, u.to(u_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "logit_blocks", "tiles", "counters", "phi_size"])
+@triton.jit(do_not_specialize=["T", "tiles", "counters", "phi_size"])
 def logits_grad_kernel(
     x_ptr,
     du_ptr,
@@ -177,7 +177,6 @@ def logits_grad_kernel(
     phi_ptr,
     split_ptr,
     T,
-    logit_blocks,
     tiles,
     counters,
     phi_size,
@@ -203,33 +202,36 @@ def logits_grad_kernel(
 ):
     """dlogits of every token, in three kinds of programs that run side by side.
 
-    The first ``logit_blocks`` do post and res, through Sinkhorn: long chains of arithmetic and
-    hardly any memory. The next ``tiles`` read x and du, the sums du . x_i over all channels, and do
-    pre. The last clear the counters and split phi for the kernels that follow.
+    Of each BT // LOGIT_BT + 1 programs the first reads x and du of a tile of BT tokens, sums
+    du . x_i over all channels and does pre; the others do post and res of the same tokens, through
+    Sinkhorn: long chains of arithmetic and hardly any memory. What follows these clears the
+    counters and splits phi for the kernels after this one.
     """
     wait_for_inputs(PDL)
     program = tl.program_id(0)
-    if program < logit_blocks:
-        write_logits_grad(
-            program, program, p_ptr, inverse_rms_ptr, alpha_ptr, bias_ptr, permutations_ptr,
-            dH_post_ptr, dH_res_ptr, token_ptr, w_ptr, sums_ptr, T, n, C, K, KP, R, RP, LOGIT_BT,
-            VARIANT, ITERATIONS, HAS_DPOST, HAS_DRES, SPLIT,
-        )  # fmt: skip
-        return
-    if program >= logit_blocks + tiles:
-        block = program - logit_blocks - tiles
+    GROUP: tl.constexpr = BT // LOGIT_BT + 1
+    tile = program // GROUP
+    member = program % GROUP
+    if tile >= tiles:
+        block = program - tiles * GROUP
         at = block * WIDTH + tl.arange(0, WIDTH)
         tl.store(counter_ptr + at, 0, mask=at < counters)
         if SPLIT:
             split_phi(phi_ptr, split_ptr, block, phi_size, WIDTH)
-        return
-    rows = ((program - logit_blocks) * BT + tl.arange(0, BT)).to(tl.int64)
-    mask = rows < T
-    sums = read_products(x_ptr, du_ptr, norm_weight_ptr, rows, mask, n, C, BT, BC, NORM, STAGES)
-    write_pre_grad(
-        sums, program, p_ptr, inverse_rms_ptr, alpha_ptr, bias_ptr, gram_ptr, token_ptr, w_ptr,
-        sums_ptr, rows, mask, norm_eps, n, C, K, KP, VARIANT == "hc", NORM, SPLIT,
-    )  # fmt: skip
+    elif member > 0:
+        write_logits_grad(
+            tile * (GROUP - 1) + member - 1, program, p_ptr, inverse_rms_ptr, alpha_ptr, bias_ptr,
+            permutations_ptr, dH_post_ptr, dH_res_ptr, token_ptr, w_ptr, sums_ptr, T,
+            n, C, K, KP, R, RP, LOGIT_BT, VARIANT, ITERATIONS, HAS_DPOST, HAS_DRES, SPLIT,
+        )  # fmt: skip
+    else:
+        rows = (tile * BT + tl.arange(0, BT)).to(tl.int64)
+        mask = rows < T
+        sums = read_products(x_ptr, du_ptr, norm_weight_ptr, rows, mask, n, C, BT, BC, NORM, STAGES)
+        write_pre_grad(
+            sums, program, p_ptr, inverse_rms_ptr, alpha_ptr, bias_ptr, gram_ptr, token_ptr, w_ptr,
+            sums_ptr, rows, mask, norm_eps, n, C, K, KP, VARIANT == "hc", NORM, SPLIT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -271,9 +273,11 @@ def phi_grad_kernel(
     dphi_ptr,
     counter_ptr,
     sums_ptr,
+    partial_sums_ptr,
     dalpha_ptr,
     dbias_ptr,
     T,
+    columns,
     parts,
     per_part,
     sum_rows,
@@ -283,6 +287,7 @@ def phi_grad_kernel(
     KP: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    FINISHERS: tl.constexpr,
     RES: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -297,11 +302,15 @@ def phi_grad_kernel(
     wait_for_inputs(PDL)
     block = tl.program_id(0)
     part = tl.program_id(1)
-    if block == 0:
+    if block < FINISHERS:
         if part == 0:
-            finish_sums(sums_ptr, dalpha_ptr, dbias_ptr, sum_rows, n, K, KP, RES)
+            finish_sums(
+                block, sums_ptr, partial_sums_ptr, counter_ptr + columns, dalpha_ptr, dbias_ptr,
+                sum_rows, n, K, KP, FINISHERS, RES,
+            )  # fmt: skip
         return
-    column = (block - 1) * BC
+    block -= FINISHERS
+    column = block * BC
     acc = phi_products(x_desc, w_desc, column, part, per_part, T, KP, BT, BC, SPLIT, STAGES)
     k = tl.arange(0, KP)
     size: tl.constexpr = K * n * C
@@ -311,7 +320,7 @@ def phi_grad_kernel(
         tl.store(dphi_ptr + at, acc, mask=valid)
     else:
         tl.store(parts_ptr + part * size + at, acc, mask=valid)
-        if arrive(counter_ptr + block - 1) == parts - 1:
+        if arrive(counter_ptr + block) == parts - 1:
             tl.store(dphi_ptr + at, sum_parts(parts_ptr, at, parts, size, valid), mask=valid)
 
 
@@ -342,25 +351,32 @@ def phi_products(
 
 @triton.jit
 def finish_sums(
-    sums_ptr, dalpha_ptr, dbias_ptr, sum_rows,
-    n: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, RES: tl.constexpr,
+    part, sums_ptr, partial_ptr, counter_ptr, dalpha_ptr, dbias_ptr, sum_rows,
+    n: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, FINISHERS: tl.constexpr, RES: tl.constexpr,
 ):  # fmt: skip
-    """dbias and dalpha: the ordered sum over the blocks' rows of dlogits and of dlogits * p."""
-    k = tl.arange(0, KP)
-    bias = tl.zeros([64, KP], tl.float32)
-    scale = tl.zeros([64, KP], tl.float32)
-    for first in tl.range(0, sum_rows, 64, num_stages=3):
+    """dbias and dalpha: the ordered sum over the blocks' rows of dlogits and of dlogits * p.
+
+    FINISHERS programs take a share of the rows each, the last to end adds the shares.
+    """
+    k = tl.arange(0, 2 * KP)
+    share = tl.cdiv(sum_rows, FINISHERS)
+    last = min((part + 1) * share, sum_rows)
+    total = tl.zeros([64, 2 * KP], tl.float32)
+    for first in range(part * share, last, 64):
         row = first + tl.arange(0, 64)
         at = sums_ptr + row[:, None] * (2 * KP) + k[None, :]
-        inside = (row < sum_rows)[:, None]
-        bias += tl.load(at, mask=inside, other=0.0)
-        scale += tl.load(at + KP, mask=inside, other=0.0)
-    tl.store(dbias_ptr + k, tl.sum(bias, axis=0), mask=k < K)
-    scale_k = tl.sum(scale, axis=0)
-    tl.store(dalpha_ptr, tl.sum(tl.where(k < n, scale_k, 0.0), axis=0))
-    tl.store(dalpha_ptr + 1, tl.sum(tl.where((k >= n) & (k < 2 * n), scale_k, 0.0), axis=0))
-    if RES:
-        tl.store(dalpha_ptr + 2, tl.sum(tl.where(k >= 2 * n, scale_k, 0.0), axis=0))
+        total += tl.load(at, mask=(row < last)[:, None], other=0.0)
+    tl.store(partial_ptr + part * (2 * KP) + k, tl.sum(total, axis=0))
+    if arrive(counter_ptr) == FINISHERS - 1:
+        row = tl.arange(0, FINISHERS)
+        whole = tl.sum(tl.load(partial_ptr + row[:, None] * (2 * KP) + k[None, :]), axis=0)
+        tl.store(dbias_ptr + k, whole, mask=k < K)
+        pre = (k >= KP) & (k < KP + n)
+        post = (k >= KP + n) & (k < KP + 2 * n)
+        tl.store(dalpha_ptr, tl.sum(tl.where(pre, whole, 0.0), axis=0))
+        tl.store(dalpha_ptr + 1, tl.sum(tl.where(post, whole, 0.0), axis=0))
+        if RES:
+            tl.store(dalpha_ptr + 2, tl.sum(tl.where(k >= KP + 2 * n, whole, 0.0), axis=0))
 
 
 @triton.jit(do_not_specialize=["T"])

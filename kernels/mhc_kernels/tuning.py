@@ -7,7 +7,7 @@ takes its architecture's default, cut down until the channel block divides C.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,14 +33,14 @@ class Block:
 
 DEFAULTS: dict[str, Block] = {
     "project": Block(BT=64, BC=32, warps=4, stages=3, split=4),
-    "read": Block(BT=16, BC=256, warps=4, stages=2),
+    "read": Block(BT=8, BC=256, warps=4, stages=2),
     "post": Block(BT=8, BC=256, warps=4, stages=2),
-    "read_grad": Block(BT=4, BC=256, warps=1, stages=1),
-    "logits_grad": Block(BT=2, BC=16, warps=1),
+    "read_grad": Block(BT=4, BC=256, warps=1),
+    "logits_grad": Block(BT=4, BC=16, warps=1),
     "phi_grad": Block(BT=64, BC=64, warps=4, stages=4, split=8),
     "boundary_grad": Block(BT=64, BC=16, warps=4, stages=3, split=16),
-    "boundary_grad_hopper": Block(BT=64, BC=16, warps=4, stages=3, split=16),
-    "project_hopper": Block(BT=64, BC=32, warps=4, stages=3, split=8),
+    "boundary_grad_hopper": Block(BT=32, BC=32, warps=4, stages=3, split=16),
+    "project_hopper": Block(BT=64, BC=64, warps=8, stages=3, split=8),
     "refill": Block(BT=8, BC=256, warps=4, stages=1),
 }
 
@@ -68,7 +68,7 @@ def block(kernel: str, n: int, C: int, itemsize: int, arch: int) -> Block:
         BC = max(16, BC * 8 // (n * itemsize))
     if n == 8 and kernel == "logits_grad":
         BT = 1
-    return Block(BT, BC, chosen.warps, chosen.stages, chosen.split)
+    return replace(chosen, BT=BT, BC=BC)
 
 
 def parts(tiles: int, chunks: int, most: int, slots: int, fixed: int = 4) -> int:

@@ -307,6 +307,15 @@ def stacked_layers(source: TorchDistSource) -> int:
     return 0
 
 
+def place(
+    name: str, layer: int, shape: tuple[int, ...], layers: int, stacked: bool
+) -> tuple[str, tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Stored name, offset and size of a layer's tensor; ``name`` has ``{l}`` for its number."""
+    if not stacked:
+        return name.format(l=layer), None, None
+    return name.replace("{l}.", ""), (layer,) + (0,) * len(shape), (layers, *shape)
+
+
 def read_metadata(path: Path) -> Metadata:
     """``.metadata`` of a checkpoint.
 

@@ -1,0 +1,186 @@
+"""The kernels without a GPU: numerics through Triton's interpreter, compilation for three GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+import kernel_cases  # noqa: E402
+import mhc_kernels  # noqa: E402
+from compile_kernels import Usage, compile_call, record  # noqa: E402
+from mhc_kernels import launch, reference, tuning  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+#: Relative errors allowed: outputs and gradients of half-precision streams, of float32 ones.
+LIMITS = {"bfloat16": 2.5e-2, "float16": 2e-3, "float32": 2e-6}
+#: Bytes of shared memory a block may have.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> list[dict]:
+    """The tester's lines, from a process of its own: the interpreter is chosen at import."""
+    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "tests")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(ROOT / "tests" / "kernel_cases.py")],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("number", range(len(kernel_cases.INTERPRETER_CASES)))
+def test_values_and_gradients_in_the_interpreter(interpreted, number):
+    line = interpreted[number]
+    limit = LIMITS[line["case"]["dtype"]]
+    assert len(line["errors"]["kernels"]) >= 14
+    for name, error in line["errors"]["kernels"].items():
+        # The interpreter cuts bfloat16 off where the hardware rounds: twice eager's error.
+        assert error < max(limit, 3 * line["errors"]["eager"][name]), (name, error)
+
+
+def flat_calls(n: int, C: int, variant: str, dtype: torch.dtype, norm: bool):
+    """Runs forward and backward launches of a boundary, a pre alone and a post alone."""
+    T, K = 96, reference.phi_rows(n, variant)
+    x, y = torch.zeros(T, n, C, dtype=dtype), torch.zeros(T, C, dtype=dtype)
+    phi, bias = torch.zeros(K, n * C), torch.zeros(K)
+    alpha = torch.zeros(reference.alpha_size(variant))
+    weight = torch.zeros(C) if norm else None
+    H_post = torch.zeros(T, n)
+    H_res = None if variant == "identity" else torch.zeros(T, n, n)
+
+    def run():
+        s = launch.Plan(x, variant)
+        for y_or_none in (y, None):
+            _, projected, gram = launch.project(s, x, y_or_none, None, H_post, H_res, phi, norm)
+        _, _, _, p, inverse_rms, gram = launch.read(
+            s, x, projected, gram, alpha, bias, weight, 20, 1e-20, 1e-6
+        )
+        logits = launch.logits_grad(
+            s, x, y, H_post, H_res, phi, alpha, bias, weight, p, inverse_rms, gram, 20, 1e-6
+        )
+        launch.phi_grad(s, x, logits, alpha)
+        launch.boundary_grad(s, x, y, None, H_post, H_res, x, y, phi, weight, logits)
+        launch.boundary_grad(s, x, None, None, None, None, x, y, phi, weight, logits)
+        launch.boundary_grad(s, x, y, None, H_post, H_res, x)
+        launch.post(s, x, y, None, H_post, H_res)
+        if norm:
+            launch.norm_weight_grad(s, x, y, logits.token, weight)
+
+    return run
+
+
+def check(usage: Usage, arch: int, stack: int) -> None:
+    assert usage.stack <= stack, usage
+    assert usage.shared <= SHARED[arch], usage
+    assert usage.registers <= 255, usage
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_compiles_without_spills(monkeypatch, arch):
+    """The tuned case, mhc with n = 4 in bfloat16: registers, no spills, shared memory."""
+    calls = record(monkeypatch, arch, flat_calls(4, 2560, "mhc", torch.bfloat16, False))
+    names = {call[0].__name__ for call in calls}
+    assert ("boundary_grad_hopper_kernel" in names) == (arch == 90)
+    for call in calls:
+        check(compile_call(call, arch), arch, stack=16)
+
+
+@pytest.mark.parametrize(
+    "n, variant, dtype, norm",
+    [
+        (4, "identity", torch.bfloat16, False),
+        (4, "birkhoff", torch.float16, False),
+        (2, "hc", torch.float32, True),
+    ],
+)
+def test_compiles_other_cases(monkeypatch, n, variant, dtype, norm):
+    """What the interpreter cannot see: that every branch passes the compiler."""
+    calls = record(monkeypatch, 90, flat_calls(n, 48, variant, dtype, norm))
+    for call in calls:
+        check(compile_call(call, 90), 90, stack=512)
+
+
+def test_a_new_T_compiles_nothing(monkeypatch):
+    """Launch shapes are the same whatever T is: constants and options must not see it."""
+    seen = []
+    for T in (1, 16, 4096, 5000):
+        x = torch.zeros(T, 4, 64, dtype=torch.bfloat16)
+        y = torch.zeros(T, 64, dtype=torch.bfloat16)
+
+        def run():
+            launch.post(launch.Plan(x), x, y, None, torch.zeros(T, 4), torch.zeros(T, 4, 4))
+            phi = torch.zeros(24, 256)
+            launch.project(
+                launch.Plan(x), x, y, None, torch.zeros(T, 4), torch.zeros(T, 4, 4), phi, False
+            )
+
+        with monkeypatch.context() as patch:
+            calls = record(patch, 90, run)
+        seen.append([(call[0].__name__, sorted(call[2].items())) for call in calls])
+    assert all(constants == seen[0] for constants in seen)
+
+
+@pytest.mark.parametrize("C", [1024, 1280, 1920, 2560, 4096, 7168, 16, 48, 8176])
+def test_blocks_divide_the_channels(C):
+    for kernel in tuning.DEFAULTS:
+        for n, itemsize in ((4, 2), (2, 4), (8, 2)):
+            block = tuning.block(kernel, n, C, itemsize, 90)
+            assert kernel == "logits_grad" or (C % block.BC == 0 and block.BC >= 16)
+
+
+def test_parts_fill_the_gpu_once():
+    assert tuning.parts(tiles=256, chunks=80, most=16, slots=264) == 1
+    assert tuning.parts(tiles=64, chunks=40, most=16, slots=264) == 4
+    assert tuning.parts(tiles=1, chunks=3, most=16, slots=264) == 3
+
+
+def test_on_a_cpu_the_reference_runs_and_says_so_once():
+    case = kernel_cases.Case(4, 16, 3, dtype="float32")
+    inputs = kernel_cases.make_inputs(case, "cpu")
+    mhc_kernels.functions._said.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours = kernel_cases.values_and_gradients(mhc_kernels, inputs, "mhc")
+    messages = [str(w.message) for w in caught if "mhc_kernels" in str(w.message)]
+    assert len(messages) == 1 and "not on a CUDA device" in messages[0]
+    eager = kernel_cases.values_and_gradients(reference, inputs, "mhc")
+    assert all(torch.equal(ours[name], eager[name]) for name in eager)
+
+
+def test_refill_is_post_and_read():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 16, generator=generator)
+    y = [torch.randn(3, 16, generator=generator) for _ in range(2)]
+    H = [torch.rand(3, 4, generator=generator) for _ in range(4)]
+    res = [torch.rand(3, 4, 4, generator=generator) for _ in range(2)]
+    streams, reads = mhc_kernels.mhc_refill(x, y, H[:2], res, H[2:])
+    for layer in range(2):
+        x = reference.mhc_post(x, y[layer], H[layer], res[layer])
+        assert torch.equal(streams[layer], x)
+        assert torch.allclose(reads[layer], (H[2 + layer].unsqueeze(-1) * x).sum(-2), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"phi0": torch.zeros(23, 64)}, "phi must be [24, 64]"),
+        ({"alpha0": torch.zeros(2)}, "alpha must be [3]"),
+        ({"bias0": torch.zeros(3)}, "bias must be [24]"),
+    ],
+)
+def test_wrong_parameters_are_named(change, message):
+    inputs = kernel_cases.make_inputs(kernel_cases.Case(4, 16, 3, dtype="float32"), "cpu") | change
+    with pytest.raises(ValueError) as caught:
+        mhc_kernels.mhc_pre(inputs["x"], inputs["phi0"], inputs["alpha0"], inputs["bias0"])
+    assert message in str(caught.value)
