@@ -97,9 +97,9 @@ def close_bucket_gaps() -> None:
     """Make ``--dist-ckpt-optim-fully-reshardable`` right for gradient buffers of several buckets.
 
     Each bucket ends with padding. Megatron 0.19.2 gathers a buffer's state without these gaps
-    (core/optimizer/distrib_optimizer.py:1395) and then looks parameters up at places that count them
-    (:1760), so everything behind the first gap is saved under another parameter's name. Weights of
-    round sizes leave no gap; the connections' vectors of 3 and 24 numbers do. Once a process.
+    (core/optimizer/distrib_optimizer.py:1403) and then looks parameters up at places that count
+    them (:1768): what lies behind the first gap is saved under another parameter's name, silently.
+    Weights of round sizes leave no gap; the connections' vectors do. Once a process.
     """
     own = DistributedOptimizer.sharded_param_state_fully_reshardable
     if getattr(own, "closes_gaps", False):
