@@ -304,11 +304,11 @@ def _patch_megatron() -> None:
     # transformer/torch_norm.py:50 refuses sequence parallelism, the only norm without CUDA.
     build = torch_norm.WrappedTorchNorm.__new__
     _replace(torch_norm.WrappedTorchNorm, "__new__", _norm_like_the_fused(build))
-    # models/hybrid/hybrid_block.py:167 makes its final norm with Transformer Engine.
+    # models/hybrid/hybrid_block.py:215 makes its final norm with Transformer Engine.
     _replace(hybrid_block, "TENorm", torch_norm.WrappedTorchNorm)
     # tensor_parallel/random.py:69 compiles a C++ extension that swaps pointers; here a copy does.
     _replace(megatron_random, "_get_share_storage", lambda: _share_storage)
-    # Without Transformer Engine random.py:693 and :796 miss these names.
+    # Without Transformer Engine random.py:693 and :785 miss these names.
     _replace(megatron_random, "FP8GlobalStateManager", _NoFP8)
     for name in ("fp8_autocast", "activation_recompute_forward"):
         _replace(megatron_random, name, lambda **kwargs: contextlib.nullcontext())
@@ -380,7 +380,7 @@ def _with_a_step(sharded_state_dict):
 def _keeping_the_step(set_states):
     """Sets a parameter's state from a checkpoint; its step, which has come already, stays.
 
-    A copy of it: :1029 gives all parameters one tensor, which AdamW would count up for each.
+    A copy of it: :1032 gives all parameters one tensor, which AdamW would count up for each.
     """
 
     @functools.wraps(set_states)

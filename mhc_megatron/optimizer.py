@@ -11,7 +11,7 @@ with ``--optimizer muon``, orthogonalised like one. Their group here:
 The group is also never merged with another one of the same multipliers: a group that mixes float32
 with half-precision parameters is saved wrongly by the distributed optimizer, which looks its
 members up in their original order but keeps the float32 ones first (distrib_optimizer.py:1097
-reads what :535 reordered), and a checkpoint's groups are told apart by their settings alone
+reads what :488 reordered), and a checkpoint's groups are told apart by their settings alone
 (optimizer.py:139).
 
 Leans on core/optimizer/__init__.py of megatron-core 0.19.2: ``config_overrides`` of
@@ -24,6 +24,7 @@ import functools
 
 import torch
 from megatron.core.optimizer import get_standard_config_overrides
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
 from megatron.core.optimizer.optimizer_config import (
     OptimizerConfig,
@@ -92,12 +93,52 @@ def keep_from_muon() -> None:
 _CONNECTIONS = ParamKey(predicate=ParamPredicate(name="mhc", fn=is_connection))
 
 
+def close_bucket_gaps() -> None:
+    """Make ``--dist-ckpt-optim-fully-reshardable`` right for gradient buffers of several buckets.
+
+    Each bucket ends with padding. Megatron 0.19.2 gathers a buffer's state without these gaps
+    (core/optimizer/distrib_optimizer.py:1403) and then looks parameters up at places that count
+    them (:1768): what lies behind the first gap is saved under another parameter's name, silently.
+    Weights of round sizes leave no gap; the connections' vectors do. Once a process.
+    """
+    own = DistributedOptimizer.sharded_param_state_fully_reshardable
+    if getattr(own, "closes_gaps", False):
+        return
+
+    @functools.wraps(own)
+    def without_gaps(self, *args, **kwargs):
+        places = [buffer.param_index_map for buffer in self.buffers]
+        try:
+            for buffer in self.buffers:
+                buffer.param_index_map = _places_without_gaps(buffer)
+            return own(self, *args, **kwargs)
+        finally:
+            for buffer, place in zip(self.buffers, places, strict=True):
+                buffer.param_index_map = place
+
+    without_gaps.closes_gaps = True
+    DistributedOptimizer.sharded_param_state_fully_reshardable = without_gaps
+
+
+def _places_without_gaps(buffer) -> dict[torch.nn.Parameter, tuple[int, int, int]]:
+    """``buffer.param_index_map`` (start, end, bucket) less the padding of the buckets before."""
+    gaps, closed = [], 0
+    for bucket in buffer.buckets:
+        gaps.append(bucket.offset - closed)
+        closed += bucket.numel_unpadded
+    return {
+        parameter: (start - gaps[bucket], end - gaps[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
+
+
 def group_connections(mhc: MHCConfig) -> None:
     """Give Megatron's trainer the connections' group.
 
     Wraps ``get_megatron_optimizer_config`` of training/training.py, which makes the optimizer's
     configuration and overrides for ``setup_model_and_optimizer``. Once a process.
     """
+    close_bucket_gaps()
     original = megatron_training.get_megatron_optimizer_config
 
     @functools.wraps(original)

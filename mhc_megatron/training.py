@@ -128,7 +128,7 @@ def _layer_spec(config: MHCModelConfig, vp_stage: int | None = None, *, base):
 def _hyper_connected_prediction(mhc: MHCConfig):
     """Connections in the multi-token prediction block too.
 
-    ``GPTModelBuilder.build_model`` (training/models/gpt.py:288) makes its spec from the plain layer
+    ``GPTModelBuilder.build_model`` (training/models/gpt.py:293) makes its spec from the plain layer
     and has no parameter for another one, so the function that it calls is replaced meanwhile.
     """
     plain = megatron_gpt.mtp_block_spec

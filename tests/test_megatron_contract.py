@@ -115,6 +115,13 @@ RELIES_ON = [
              "the registry's defaults keep the connections from Muon"),
     Reliance("optimizer.py", "core/optimizer/optimizer.py", "", "'is_decoupled_lr',",
              "the flag tells the connections' group apart in a checkpoint"),
+    Reliance("optimizer.py", "core/optimizer/distrib_optimizer.py",
+             "def sharded_param_state_fully_reshardable", "in buffer.param_index_map.items():",
+             "places in a buffer count the padding between buckets, close_bucket_gaps mends it"),
+    Reliance("optimizer.py", "core/optimizer/distrib_optimizer.py",
+             "def get_parameter_state_dp_zero",
+             "offset_in_world_tensors += gbuf_world_numel_unpadded",
+             "what is gathered has no padding between buckets, close_bucket_gaps mends it"),
     Reliance("observer.py", "training/training.py", "def training_log", "grad_norm,",
              "the observer reads the step's numbers"),
 ]

@@ -38,7 +38,7 @@ MOVES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "PP2, DP2, overlaps to TP2, asynchronous": (
         "dense",
-        {"world": 4, "pp": 2, "ddp": {**OVERLAPPED["ddp"], "bucket_size": None}},
+        {"world": 4, "pp": 2, **OVERLAPPED},
         {"world": 2, "tp": 2},
         {**RESHARDABLE, "asynchronous": True},
     ),
