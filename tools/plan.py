@@ -164,7 +164,8 @@ def _head(plan: dict[str, Any]) -> str:
     )
     return (
         f"{plan['name']}: mhc {mhc['variant']}, n = {mhc['n']}\n"
-        f"{layout['gpus']} GPUs: {sizes or 'one'}; {layout['microbatches']} microbatches, "
+        f"{layout['gpus']} {'GPU' if layout['gpus'] == 1 else 'GPUs'}: {sizes or 'one'}; "
+        f"{layout['microbatches']} microbatches, "
         f"{layout['tokens_per_step']:,} tokens a step"
     )
 
