@@ -81,6 +81,14 @@ TRANSFORMERS = Layout(
     "deepseek-v4",
     1e-6,
 )
+#: Spellings of DeepSeek-V4's names -> its checkpoints': transformers' modules have their own, and its
+#: ``save_pretrained`` writes a mixture.
+SPELLINGS = (
+    (r"^model\.", ""),
+    (r"\.attn_hc\.", ".hc_attn_"),
+    (r"\.ffn_hc\.", ".hc_ffn_"),
+    (r"^hc_head\.hc_", "hc_head_"),
+)
 _MEGATRON = ("decoder.layers.{l}.", "self_attention_hyper_connection", "mlp_hyper_connection")
 _ALPHAS = (".alpha_pre", ".alpha_post", ".alpha_res")
 _HEAD = ("decoder.hc_head_fn", "decoder.hc_head_scale", "decoder.hc_head_base")
@@ -104,6 +112,13 @@ LAYOUTS = {
     "megatron-main": MEGATRON_MAIN,
     "megatron-dev": MEGATRON_DEV,
 }
+
+
+def spelled(name: str) -> str:
+    """A tensor's name as DeepSeek-V4's checkpoints have it."""
+    for pattern, replacement in SPELLINGS:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def transposition(n: int) -> list[int]:

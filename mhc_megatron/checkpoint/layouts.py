@@ -21,6 +21,7 @@ from mhc_megatron.checkpoint.connections import (
     convert_layout,
     output_of,
     settings,
+    spelled,
     streams_of,
     tensor_names,
 )
@@ -113,11 +114,12 @@ def import_deepseek_plan(path: Path, base: Path) -> Plan:
     """
     given, source = SafetensorsSource(path), TorchDistSource(base)
     args = source.args
-    infos = given.infos()
-    layout = next((x for x in LAYOUTS.values() if x.head[0] in infos or _first(x) in infos), None)
-    if layout is None or layout.layer == OURS.layer:
-        raise UserError(f"{path} has no tensors in DeepSeek-V4's layout ({_first(LAYOUTS['deepseek-v4'])}).")
-    found = {name: Found(Region(f"0:{name}"), info) for name, info in infos.items()}
+    layout = LAYOUTS["deepseek-v4"]
+    infos = {spelled(name): info for name, info in given.infos().items()}
+    places = {spelled(name): name for name in given.infos()}
+    if not any(name.endswith(layout.attn + layout.phi) for name in infos):
+        raise UserError(f"{path} has no tensors in DeepSeek-V4's layout ({_first(layout)}).")
+    found = {name: Found(Region(f"0:{places[name]}"), info) for name, info in infos.items()}
     phi = infos.get(_first(layout))
     if phi is None:
         raise UserError(f"{path}: {_first(layout)} is missing.")
