@@ -234,7 +234,7 @@ def read(
     b = s.block("read")
     norm = norm_weight is not None
     u, p, inverse_rms = s.new(s.T, s.C, dtype=s.dtype), s.new(s.T, s.K), s.new(s.T)
-    H_post, H_res = s.new(s.T, s.n), s.new(s.T, s.n * s.n if s.R else 0)
+    H_post, H_res = s.new(s.T, s.n), s.new(s.T, s.n if s.R else 0, s.n)
     gram = s.new(s.T, _gram_size(s.n, True) if norm else 0)
     table = _permutation_table(s.n, s.device) if s.variant == "birkhoff" else None
     read_kernel[_grid(triton.cdiv(s.T, b.BT))](

@@ -45,6 +45,13 @@ DEFAULTS: dict[str, Block] = {
 }
 
 
+#: Before Hopper a tile descriptor becomes pointers, in registers.
+WITHOUT_TMA: dict[str, Block] = {
+    "project": Block(BT=64, BC=16, warps=4, split=4),
+    "boundary_grad": Block(BT=64, BC=16, warps=8, split=16),
+}
+
+
 @lru_cache(maxsize=1)
 def _table() -> dict[str, list]:
     return json.loads(TABLE.read_text()) if TABLE.exists() else {}
@@ -57,17 +64,23 @@ def block(kernel: str, n: int, C: int, itemsize: int, arch: int) -> Block:
     More streams than n = 4 and elements wider than two bytes shrink the tile, so that registers
     and shared memory stay where the table was tuned.
     """
-    chosen = DEFAULTS[kernel]
+    chosen = WITHOUT_TMA.get(kernel, DEFAULTS[kernel]) if arch < 90 else DEFAULTS[kernel]
     rows = _table().get(f"sm{arch}", {}).get(kernel, [])
     if n == 4 and itemsize == 2 and rows:
         chosen = Block(**min(rows, key=lambda row: abs(row["C"] - C))["block"])
     BC, BT = chosen.BC, chosen.BT
+    if n == 8 and kernel in ("project", "boundary_grad"):
+        BT = 16  # 255 registers hold the n * n coefficients of no more rows
     while C % BC:
         BC //= 2
     if n * itemsize > 8:
         BC = max(16, BC * 8 // (n * itemsize))
-    if n == 8 and kernel == "logits_grad":
-        BT = 1
+    if n == 8:
+        BT = 1 if kernel == "logits_grad" else BT
+        chosen = replace(chosen, stages=min(chosen.stages, 2))
+    if kernel.endswith("_hopper"):
+        # A warp's share of a tile is 16 tokens by at least 16 channels.
+        chosen = replace(chosen, warps=min(chosen.warps, BT // 16 * (BC // 16)))
     return replace(chosen, BT=BT, BC=BC)
 
 
