@@ -6,7 +6,8 @@ with ``--optimizer muon``, orthogonalised like one. Their group here:
 
 - learning rate times ``MHCConfig.lr_mult`` (also the end of its decay);
 - weight decay times ``MHCConfig.phi_weight_decay`` for phi, none for alpha and b;
-- AdamW (or what ``--muon-scalar-optimizer`` says) whatever the optimizer of the weights is.
+- AdamW (or what ``--muon-scalar-optimizer`` says) where Muon and its like take the matrices:
+  ``streams.mark`` says of phi what Megatron says of embeddings.
 
 The group is also never merged with another one of the same multipliers: a group that mixes float32
 with half-precision parameters is saved wrongly by the distributed optimizer, which looks its
@@ -15,7 +16,7 @@ reads what :488 reordered), and a checkpoint's groups are told apart by their se
 (optimizer.py:139).
 
 Leans on core/optimizer/__init__.py of megatron-core 0.19.2: ``config_overrides`` of
-``get_megatron_optimizer`` and the registry of emerging optimizers.
+``get_megatron_optimizer``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import functools
 import torch
 from megatron.core.optimizer import get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
 from megatron.core.optimizer.optimizer_config import (
     OptimizerConfig,
     ParamKey,
@@ -55,7 +55,6 @@ def connection_overrides(
     if not mhc.enabled:
         return overrides
     overrides = {_without_connections(key): value for key, value in overrides.items()}
-    keep_from_muon()
     for name, matches, decay in (
         ("mhc_phi", is_projection, mhc.phi_weight_decay),
         ("mhc_vectors", lambda p: is_connection(p) and not is_projection(p), 0.0),
@@ -77,20 +76,6 @@ def _without_connections(key: ParamKey) -> ParamKey:
 
     name = f"{key} without the connections"
     return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=matches))
-
-
-def keep_from_muon() -> None:
-    """Send the connections to the scalar optimizer in every emerging optimizer that is installed.
-
-    Through the entries' ``default_param_overrides``: ``get_megatron_optimizer`` refuses an
-    ``optimizer`` in ``config_overrides``.
-    """
-    for entry in _EMERGING_OPTIMIZERS.values():
-        if _CONNECTIONS not in entry.default_param_overrides:
-            entry.default_param_overrides[_CONNECTIONS] = {"optimizer": "adam"}
-
-
-_CONNECTIONS = ParamKey(predicate=ParamPredicate(name="mhc", fn=is_connection))
 
 
 def close_bucket_gaps() -> None:

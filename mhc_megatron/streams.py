@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 
 import torch
-from mhc_kernels.reference import V4_EPS, project
 from torch import Tensor, nn
 
+from mhc_kernels.reference import V4_EPS, project
 from mhc_megatron.config import MHCConfig
 
 
@@ -87,6 +87,10 @@ def mark(module: nn.Module, sequence_parallel: bool) -> None:
     for name, parameter in module.named_parameters(recurse=False):
         parameter.sequence_parallel = sequence_parallel
         parameter.hyper_connection = name
+        # What keeps a matrix from Muon and its like (core/optimizer/emerging_optimizers.py:130 and
+        # layer_wise_optimizer.py:51); a rate that --decoupled-lr sets for these does not reach the
+        # connections, optimizer.py sees to that.
+        parameter.is_embedding_or_output_parameter = True
 
 
 def is_connection(parameter: nn.Parameter) -> bool:
