@@ -81,10 +81,10 @@ def hf_logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 def megatron_args(folder: Path, mhc=None, **changes):
     """Megatron's parsed arguments for a converted checkpoint's model.yaml."""
-    from launch import pretrain, settings
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.training.global_vars import destroy_global_vars
 
+    from launch import pretrain, settings
     from mhc_megatron import cpu
 
     with contextlib.suppress(KeyError):
@@ -134,7 +134,9 @@ def megatron_model(folder: Path, mhc=None, **changes):
     metadata = dist_checkpointing.load_content_metadata(path) or {}
     metadata["dp_cp_group"] = groups.dp_cp
     state = dist_checkpointing.load(
-        {"model": model.sharded_state_dict(metadata=metadata)}, path, validate_access_integrity=False
+        {"model": model.sharded_state_dict(metadata=metadata)},
+        path,
+        validate_access_integrity=False,
     )
     model.load_state_dict(state["model"])
     return model.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from mhc_kernels import reference
 from mhc_megatron.checkpoint.connections import transposition
 from mhc_megatron.config import MHCConfig

@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
 from mhc_megatron.checkpoint import convert, inspection, safetensors_io, torch_dist
 from mhc_megatron.checkpoint.recipes import Output, Recipe, Region
 from mhc_megatron.checkpoint.torch_dist import TorchDistSource
 from mhc_megatron.errors import UserError
-from safetensors.torch import load_file, save_file
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.float8_e4m3fn]
 
@@ -65,11 +66,15 @@ def _torch_dist(path: Path, seed: int = 0) -> Path:
 
 def test_safetensors_are_read_and_written_as_the_library_does(tmp_path: Path) -> None:
     source = safetensors_io.SafetensorsSource(_folder(tmp_path / "a"))
-    convert.run(convert.Plan("safetensors", [source.path], _copy(source)), tmp_path / "b", quiet=True)
+    convert.run(
+        convert.Plan("safetensors", [source.path], _copy(source)), tmp_path / "b", quiet=True
+    )
     there = load_file(tmp_path / "b" / "model.safetensors")
     for name, value in _state().items():
         assert there[name].dtype == value.dtype and there[name].shape == value.shape
-        assert torch.equal(there[name].flatten().view(torch.uint8), value.flatten().view(torch.uint8))
+        assert torch.equal(
+            there[name].flatten().view(torch.uint8), value.flatten().view(torch.uint8)
+        )
 
 
 def test_rows_of_a_tensor_are_read_alone(tmp_path: Path) -> None:
@@ -86,7 +91,9 @@ def test_torch_reads_what_is_written(tmp_path: Path) -> None:
     wanted = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in _state().items() if v.numel()}
     dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
     for name, value in wanted.items():
-        assert torch.equal(value.flatten().view(torch.uint8), _state()[name].flatten().view(torch.uint8))
+        assert torch.equal(
+            value.flatten().view(torch.uint8), _state()[name].flatten().view(torch.uint8)
+        )
     from megatron.core import dist_checkpointing
 
     common = dist_checkpointing.load_common_state_dict(str(folder))
@@ -155,9 +162,7 @@ def test_missing_and_truncated_torch_dist_files(tmp_path: Path) -> None:
 def test_an_object_that_metadata_may_not_hold_is_not_made(tmp_path: Path) -> None:
     folder = _torch_dist(tmp_path / "a") / "iter_0000007"
     marker = tmp_path / "made"
-    (folder / ".metadata").write_bytes(
-        b"cos\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR."
-    )
+    (folder / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR.")
     with pytest.raises(UserError, match="metadata is damaged"):
         TorchDistSource(folder)
     assert not marker.exists()
@@ -264,14 +269,14 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch) -> None:
     assert not (tmp_path / "b.partial").exists()
     there = TorchDistSource(tmp_path / "b" / "release")
     for name, value in _state().items():
-        assert torch.equal(there.read(Region(name)).flatten().view(torch.uint8), value.flatten().view(torch.uint8))
+        assert torch.equal(
+            there.read(Region(name)).flatten().view(torch.uint8), value.flatten().view(torch.uint8)
+        )
 
 
 def test_a_source_that_changed_is_not_resumed(tmp_path: Path, monkeypatch) -> None:
     folder = _folder(tmp_path / "a")
-    plan = convert.Plan(
-        "safetensors", [folder], _copy(safetensors_io.SafetensorsSource(folder))
-    )
+    plan = convert.Plan("safetensors", [folder], _copy(safetensors_io.SafetensorsSource(folder)))
     before = convert.fingerprint(plan)
     save_file(_state(1), folder / "model.safetensors")
     assert convert.fingerprint(plan) != before
@@ -279,7 +284,9 @@ def test_a_source_that_changed_is_not_resumed(tmp_path: Path, monkeypatch) -> No
 
 def test_too_little_room_is_said_before(tmp_path: Path, monkeypatch) -> None:
     source = safetensors_io.SafetensorsSource(_folder(tmp_path / "a"))
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+    monkeypatch.setattr(
+        convert.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0)
+    )
     with pytest.raises(UserError, match="too full"):
         convert.run(convert.Plan("safetensors", [source.path], _copy(source)), tmp_path / "b")
 
@@ -304,10 +311,8 @@ def test_the_average_is_the_mean(tmp_path: Path) -> None:
     there = load_file(tmp_path / "mean" / "model.safetensors")
     states = [_state(k) for k in range(3)]
     for name in ("layer.0.weight", "layer.1.weight", "scalar"):
-        exact = sum(w * s[name].double() for w, s in zip((0.5, 0.25, 0.25), states))
+        exact = sum(w * s[name].double() for w, s in zip((0.5, 0.25, 0.25), states, strict=True))
         assert torch.equal(there[name], exact.to(states[0][name].dtype))
     assert torch.equal(there["layer.3.weight"], states[2]["layer.3.weight"])  # integers
     with pytest.raises(UserError, match="weights with sum 1"):
         average_plan(paths, [1.0, 1.0, 1.0])
-
-

@@ -17,12 +17,13 @@ from checkpoint_models import (
     save_hf,
     tokens,
 )
+from safetensors.torch import load_file, save_file
+
 from mhc_megatron.checkpoint import convert
 from mhc_megatron.checkpoint.recipes import Recipe
 from mhc_megatron.checkpoint.torch_dist import TorchDistSource
 from mhc_megatron.checkpoint.upcycle import SYMMETRIES, mirror, torch_dist_plan, upcycled_bias
 from mhc_megatron.config import MHCConfig
-from safetensors.torch import load_file, save_file
 from tools.convert_checkpoint import main
 
 FAMILIES = ["llama", "qwen2", "qwen3", "deepseek_v3"]
@@ -92,7 +93,11 @@ def test_tied_embeddings_and_llama_3_s_rope(megatron_cpu, tmp_path: Path) -> Non
     }
     model = hf_model("llama", tie_word_embeddings=True, rope_parameters=rope, num_hidden_layers=1)
     hf = save_hf(model, tmp_path / "hf")
-    assert run("import-hf", hf, tmp_path / "m") == run("export-hf", tmp_path / "m", tmp_path / "b") == 0
+    assert (
+        run("import-hf", hf, tmp_path / "m")
+        == run("export-hf", tmp_path / "m", tmp_path / "b")
+        == 0
+    )
     same_tensors(hf, tmp_path / "b")
     ours = megatron_logits(megatron_model(tmp_path / "m"), tokens())
     torch.testing.assert_close(ours, hf_logits(model, tokens()), atol=1e-4, rtol=1e-4)
@@ -152,7 +157,9 @@ def test_the_coefficients_keep_the_function(variant: str, n: int, symmetry: str)
     mhc = MHCConfig(variant=variant, n=n)
     for index in range(5):
         bias = upcycled_bias(mhc, index, symmetry).double()
-        H_pre, H_post, H_res = static_coefficients(bias, torch.full((mhc.alphas,), 0.01).double(), mhc)
+        H_pre, H_post, H_res = static_coefficients(
+            bias, torch.full((mhc.alphas,), 0.01).double(), mhc
+        )
         assert H_pre.sum().item() == pytest.approx(1, abs=1e-6)
         torch.testing.assert_close(H_post, torch.ones_like(H_post))
         torch.testing.assert_close(H_res.sum(-1), torch.ones_like(H_post), atol=1e-6, rtol=0)
@@ -191,7 +198,9 @@ def test_rotation_parts_the_streams(megatron_cpu, models, tmp_path: Path, symmet
     model = megatron_model(tmp_path / "up")
     ids = tokens()
     mask = torch.triu(torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool), diagonal=1)
-    model(ids, torch.arange(ids.shape[1]).expand_as(ids), mask, labels=ids.roll(-1)).mean().backward()
+    model(
+        ids, torch.arange(ids.shape[1]).expand_as(ids), mask, labels=ids.roll(-1)
+    ).mean().backward()
     post = model.decoder.layers[0].attn_hc.bias.grad[4:8]
     spread = (post.max() - post.min()) / post.abs().max()
     assert spread > 0.05 if symmetry == "rotate" else spread < 1e-3
@@ -229,7 +238,7 @@ def randomised(source: Path, out: Path, seed: int = 9) -> Path:
 def test_transformers_loads_and_generates(
     megatron_cpu, models, tmp_path: Path, monkeypatch, family: str, changes: list[str]
 ) -> None:
-    """Through trust_remote_code: Megatron's logits, and the same tokens with a cache and without."""
+    """Through trust_remote_code: Megatron's logits, the same tokens with a cache and without."""
     import transformers
 
     monkeypatch.setattr(
@@ -349,7 +358,9 @@ def test_mhc_taken_for_residual_and_the_reverse(models, tmp_path: Path, capsys) 
     convert.run(plan, tmp_path / "lies", quiet=True)
     assert run("export-hf", tmp_path / "lies", tmp_path / "out") == 2
     assert "is an mHC checkpoint, and its settings say that it is not" in _said(capsys)
-    plan = torch_dist_plan(TorchDistSource(megatron), mirror(TorchDistSource(megatron)), MHCConfig())
+    plan = torch_dist_plan(
+        TorchDistSource(megatron), mirror(TorchDistSource(megatron)), MHCConfig()
+    )
     convert.run(plan, tmp_path / "lies2", quiet=True)
     assert run("export-hf", tmp_path / "lies2", tmp_path / "out") == 2
     assert "attn_hc.phi is missing" in _said(capsys)
@@ -386,7 +397,7 @@ def test_a_killed_conversion_goes_on(models, tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
     out = tmp_path / "out"
     code = (
-        "import sys, time; sys.path[:0] = [%r, %r]\n"
+        f"import sys, time; sys.path[:0] = [{str(root)!r}, {str(root / 'kernels')!r}]\n"
         "from mhc_megatron.checkpoint import convert\n"
         "from tools.convert_checkpoint import main\n"
         "convert.FILE_BYTES['torch_dist'] = 20000\n"
@@ -396,7 +407,7 @@ def test_a_killed_conversion_goes_on(models, tmp_path: Path) -> None:
         "    return write(job, tick)\n"
         "convert.write_job = slow\n"
         "sys.exit(main(sys.argv[1:]))\n"
-    ) % (str(root), str(root / "kernels"))
+    )
     words = ["import-hf", str(hf), str(out), "--quiet"]
     process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.DEVNULL)
     journal = tmp_path / "out.partial" / convert.JOURNAL

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_models import hf_model, megatron_logits, megatron_model, save_hf, tokens
+from safetensors.torch import load_file
+from test_convert_huggingface import _said, randomised, run
+
 from mhc_kernels import reference
 from mhc_megatron.checkpoint import convert, inspection, torch_dist
 from mhc_megatron.checkpoint.connections import OURS
@@ -18,8 +21,6 @@ from mhc_megatron.checkpoint.recipes import Output, Recipe, Region
 from mhc_megatron.checkpoint.torch_dist import TorchDistSource
 from mhc_megatron.checkpoint.upcycle import add_groups, drop_groups
 from mhc_megatron.config import MHCConfig
-from safetensors.torch import load_file
-from test_convert_huggingface import _said, randomised, run
 
 LAYERS, N, C, VOCAB = 2, 4, 6, 11
 
@@ -51,7 +52,13 @@ def _run_checkpoint(path: Path, mhc: MHCConfig, stacked: bool = True) -> Path:
             recipe = Recipe("values", (), {"data": data.tolist()})
             outputs.append(Output(prefix + name, shape, torch.float32, recipe))
     groups = [
-        {"wd_mult": decay, "weight_decay": 0.1 * decay, "lr": 0.1, "max_lr": 0.2, "default_config": True}
+        {
+            "wd_mult": decay,
+            "weight_decay": 0.1 * decay,
+            "lr": 0.1,
+            "max_lr": 0.2,
+            "default_config": True,
+        }
         for decay in (1.0, 0.0)
     ]
     common = {
@@ -96,14 +103,16 @@ def test_out_and_in_again(mhc_checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_transformers_modules_take_what_is_exported(mhc_checkpoint: Path, tmp_path: Path) -> None:
-    """DeepseekV4HyperConnection, loaded from the export, does what the checkpoint's sublayer does."""
+    """DeepseekV4HyperConnection, loaded from the export, does what the sublayer does."""
     from transformers import AutoConfig
     from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
         DeepseekV4HyperConnection,
         DeepseekV4HyperHead,
     )
 
-    assert run("export-deepseek-v4", mhc_checkpoint, tmp_path / "v4", "--names", "transformers") == 0
+    assert (
+        run("export-deepseek-v4", mhc_checkpoint, tmp_path / "v4", "--names", "transformers") == 0
+    )
     state = load_file(tmp_path / "v4" / "model.safetensors")
     config = AutoConfig.for_model("deepseek_v4", hidden_size=C, hc_mult=N, rms_norm_eps=1e-20)
     source = TorchDistSource(mhc_checkpoint)
@@ -130,12 +139,14 @@ def test_transformers_modules_take_what_is_exported(mhc_checkpoint: Path, tmp_pa
 def _connection(source: TorchDistSource, layer: int, module: str) -> list[torch.Tensor]:
     found, prefix = found_in(source), OURS.layer.format(l=layer) + module
     read = [found[prefix + suffix].region for suffix in (OURS.phi, OURS.alpha[0], OURS.bias)]
-    return [source.read(region).flatten(0, region.squeeze) if region.squeeze else source.read(region)
-            for region in read]
+    return [
+        source.read(region).flatten(0, region.squeeze) if region.squeeze else source.read(region)
+        for region in read
+    ]
 
 
 def test_a_model_of_transformers_comes_in(tmp_path: Path) -> None:
-    """A tiny random DeepseekV4ForCausalLM, saved by transformers, gives a checkpoint its connections."""
+    """A tiny random DeepseekV4ForCausalLM, saved by transformers, gives its connections."""
     import transformers
 
     config = transformers.AutoConfig.for_model(
@@ -170,7 +181,9 @@ def test_a_model_of_transformers_comes_in(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "v4")
     llama = save_hf(hf_model("llama", num_hidden_layers=LAYERS), tmp_path / "llama")
     assert run("import-hf", llama, tmp_path / "base") == 0
-    assert run("import-deepseek-v4", tmp_path / "v4", tmp_path / "m", "--base", tmp_path / "base") == 0
+    assert (
+        run("import-deepseek-v4", tmp_path / "v4", tmp_path / "m", "--base", tmp_path / "base") == 0
+    )
     source = TorchDistSource(tmp_path / "m")
     phi, alpha, bias = _connection(source, 1, "mlp_hc")
     module = model.model.layers[1].ffn_hc
@@ -178,12 +191,16 @@ def test_a_model_of_transformers_comes_in(tmp_path: Path) -> None:
     n = N
     assert torch.equal(bias[: 2 * n], module.base[: 2 * n])
     there = bias[2 * n :].view(n, n)
-    assert torch.equal(there, module.base[2 * n :].view(n, n).t()) and not torch.equal(there, there.t())
+    assert torch.equal(there, module.base[2 * n :].view(n, n).t()) and not torch.equal(
+        there, there.t()
+    )
     assert torch.equal(
         phi[2 * n :].view(n, n, -1), module.fn[2 * n :].view(n, n, -1).transpose(0, 1)
     )
     assert source.args.mhc["norm_eps"] == config.rms_norm_eps
-    assert torch.equal(source.read(Region("decoder.final_layernorm.exit.phi")), model.model.hc_head.hc_fn)
+    assert torch.equal(
+        source.read(Region("decoder.final_layernorm.exit.phi")), model.model.hc_head.hc_fn
+    )
 
 
 def test_a_mean_exit_becomes_a_head_that_means(tmp_path: Path) -> None:
@@ -199,7 +216,9 @@ def test_a_base_that_does_not_fit(mhc_checkpoint: Path, tmp_path: Path, capsys) 
     llama = save_hf(hf_model("llama"), tmp_path / "llama")
     assert run("import-hf", llama, tmp_path / "base") == 0
     capsys.readouterr()
-    assert run("import-deepseek-v4", tmp_path / "v4", tmp_path / "o", "--base", tmp_path / "base") == 2
+    assert (
+        run("import-deepseek-v4", tmp_path / "v4", tmp_path / "o", "--base", tmp_path / "base") == 2
+    )
     assert "fits no n at C = 32" in _said(capsys)
     assert run("import-deepseek-v4", llama, tmp_path / "o", "--base", mhc_checkpoint) == 2
     assert "no tensors in DeepSeek-V4's layout" in _said(capsys)
@@ -233,7 +252,7 @@ def test_megatron_s_names_and_back(tmp_path: Path, branch: str, exit: str, stack
 
 
 def test_main_s_arithmetic_on_the_exported_tensors(mhc_checkpoint: Path, tmp_path: Path) -> None:
-    """Megatron-LM's main branch as its source reads (H_res^T x, softmax first), on its own names."""
+    """Megatron-LM's main branch as its source reads: H_res^T x, softmax first."""
     assert run("export-megatron", mhc_checkpoint, tmp_path / "x", "--layout", "main") == 0
     there, ours = TorchDistSource(tmp_path / "x"), TorchDistSource(mhc_checkpoint)
     prefix = "decoder.layers.self_attention_hyper_connection."
@@ -242,7 +261,7 @@ def test_main_s_arithmetic_on_the_exported_tensors(mhc_checkpoint: Path, tmp_pat
     x, y = torch.randn(7, N, C), torch.randn(7, C)
     flat = x.flatten(1)
     r = 1 / (flat.norm(dim=-1, keepdim=True) / (N * C) ** 0.5 + 1e-6)
-    scale = torch.cat([a.expand(k) for a, k in zip(alphas, (N, N, N * N))])
+    scale = torch.cat([a.expand(k) for a, k in zip(alphas, (N, N, N * N), strict=True)])
     h = r * (flat @ weight.t()) * scale + bias
     h_pre, h_post = h[:, :N].sigmoid() + 1e-6, 2 * h[:, N : 2 * N].sigmoid()
     M = h[:, 2 * N :].view(-1, N, N).softmax(-1) + 1e-6
@@ -271,7 +290,10 @@ def test_the_development_branch_has_no_head(mhc_checkpoint: Path, tmp_path: Path
 
 def test_upcycling_carries_the_optimizer(tmp_path: Path) -> None:
     residual = _run_checkpoint(tmp_path / "r", MHCConfig(variant="none"))
-    assert run("upcycle", residual, tmp_path / "up", "--set", "lr_mult=0.5", "--set", "exit=learned") == 0
+    assert (
+        run("upcycle", residual, tmp_path / "up", "--set", "lr_mult=0.5", "--set", "exit=learned")
+        == 0
+    )
     a, b = TorchDistSource(residual), TorchDistSource(tmp_path / "up")
     for key in a.infos():
         assert torch.equal(a.read(Region(key)), b.read(Region(key)))
@@ -309,9 +331,7 @@ def test_an_optimizer_in_buckets_is_not_lost_silently(tmp_path: Path, capsys) ->
 
 def _copies(source: TorchDistSource) -> list[Output]:
     infos = source.infos()
-    return [
-        Output(k, i.shape, i.dtype, Recipe("copy", (Region(k),))) for k, i in infos.items()
-    ]
+    return [Output(k, i.shape, i.dtype, Recipe("copy", (Region(k),))) for k, i in infos.items()]
 
 
 def test_groups_are_added_and_dropped() -> None:
@@ -331,7 +351,9 @@ def test_inspect_tells_the_gains(mhc_checkpoint: Path, capsys) -> None:
     product = torch.eye(N, dtype=torch.float64)
     source = TorchDistSource(mhc_checkpoint)
     for record, (layer, module) in zip(
-        about["connections"], [(0, "attn_hc"), (0, "mlp_hc"), (1, "attn_hc"), (1, "mlp_hc")]
+        about["connections"],
+        [(0, "attn_hc"), (0, "mlp_hc"), (1, "attn_hc"), (1, "mlp_hc")],
+        strict=True,
     ):
         bias = _connection(source, layer, module)[2].double()
         H_res = reference.sinkhorn(bias[2 * N :].view(N, N))
@@ -356,7 +378,9 @@ def test_a_connection_that_is_missing_fails_verify(tmp_path: Path, capsys) -> No
 
 def test_the_average_of_two_mhc_models_runs(megatron_cpu, tmp_path: Path) -> None:
     hf = save_hf(hf_model("llama", num_hidden_layers=1), tmp_path / "hf")
-    assert run("import-hf", hf, tmp_path / "m") == run("upcycle", tmp_path / "m", tmp_path / "u") == 0
+    assert (
+        run("import-hf", hf, tmp_path / "m") == run("upcycle", tmp_path / "m", tmp_path / "u") == 0
+    )
     paths = [randomised(tmp_path / "u", tmp_path / str(seed), seed) for seed in (1, 2)]
     assert run("average", *paths, "--out", tmp_path / "mean") == 0
     a, b, mean = (TorchDistSource(p) for p in (*paths, tmp_path / "mean"))

@@ -15,7 +15,9 @@ from checkpoint_models import hf_model, save_hf
 from test_convert_huggingface import run
 
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="checks the CPU mode; this is a GPU machine"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="checks the CPU mode; this is a GPU machine"
+    ),
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.distributed,
 ]
@@ -39,13 +41,14 @@ SETTINGS = {
 
 def launch(argv: list[str], output: Path, world: int = 1) -> None:
     """Run launch/pretrain.py in forked children, one for each rank (Megatron is imported once)."""
-    import launch.pretrain
     import mhc_megatron.training  # noqa: F401
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    ranks = [_fork(argv, output.with_suffix(f".{rank}"), rank, world, port) for rank in range(world)]
+    ranks = [
+        _fork(argv, output.with_suffix(f".{rank}"), rank, world, port) for rank in range(world)
+    ]
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
     assert codes == [0] * world, output.with_suffix(".0").read_text()[-3000:]
 
@@ -81,29 +84,33 @@ def losses(
         values["load"] = folder
     argv = ["--config", str(folder / "model.yaml"), "--run-dir", str(work)]
     for key, value in values.items():
-        argv += ["--set", f"{key.replace('_', '-')}={str(value).lower() if value is True else value}"]
+        argv += [
+            "--set",
+            f"{key.replace('_', '-')}={str(value).lower() if value is True else value}",
+        ]
     work.parent.mkdir(parents=True, exist_ok=True)
     launch(argv, work.with_suffix(".log"), world)
     lines = map(json.loads, (work / "metrics.jsonl").read_text().splitlines())
     return [record["loss"] for record in lines if record["event"] == "train"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "family, layouts",
+    "family, upcycled, layouts",
     [
         (
             "qwen3",
+            False,
             [
                 {"world": 2, "tensor-model-parallel-size": 2},
                 {"world": 2, "pipeline-model-parallel-size": 2},
             ],
         ),
-        ("deepseek_v3", [{"world": 2, "expert-model-parallel-size": 2}]),
+        ("deepseek_v3", True, [{"world": 2, "expert-model-parallel-size": 2}]),
     ],
 )
-@pytest.mark.parametrize("upcycled", [False, True])
 def test_any_layout_loads_an_imported_model(
-    tmp_path: Path, family: str, layouts: list[dict], upcycled: bool
+    tmp_path: Path, family: str, upcycled: bool, layouts: list[dict]
 ) -> None:
     # 64: no padding of the vocabulary at TP 2, which would add a logit
     hf = save_hf(hf_model(family, num_hidden_layers=2, vocab_size=64), tmp_path / "hf")
@@ -116,7 +123,9 @@ def test_any_layout_loads_an_imported_model(
     fresh = losses(checkpoint, tmp_path / "fresh", load=False)
     assert abs(one[0] - fresh[0]) > 0.05  # the weights were loaded
     for number, layout in enumerate(layouts):
-        assert losses(checkpoint, tmp_path / f"run{number}", **layout) == pytest.approx(one, abs=1e-4)
+        assert losses(checkpoint, tmp_path / f"run{number}", **layout) == pytest.approx(
+            one, abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("changes", [[], ["lr_mult=0.5", "phi_weight_decay=0", "exit=learned"]])

@@ -29,6 +29,7 @@ for _path in (_ROOT / "kernels", _ROOT):
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch  # noqa: E402
+
 from mhc_megatron.checkpoint import convert  # noqa: E402
 from mhc_megatron.errors import UserError  # noqa: E402
 
@@ -145,7 +146,10 @@ def _add_export_hf(commands) -> None:
     sub = _command(commands, "export-hf", export_hf, "torch_dist -> Hugging Face safetensors")
     _dtype(sub, *DTYPES)
     sub.add_argument(
-        "--hf-config", type=Path, metavar="DIR", help="folder with config.json and tokenizer to keep"
+        "--hf-config",
+        type=Path,
+        metavar="DIR",
+        help="folder with config.json and tokenizer to keep",
     )
     sub.add_argument("--vocab-size", type=int, help="rows of the embedding that are not padding")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-
 from mhc_megatron.checkpoint.convert import Plan, open_source
 from mhc_megatron.checkpoint.huggingface import name_errors, read_texts
 from mhc_megatron.checkpoint.recipes import Output, Recipe, Region
@@ -36,7 +35,8 @@ def average_plan(paths: list[Path], weights: list[float] | None = None) -> Plan:
         for key, info in infos.items():
             if info != all_infos[0][key]:
                 raise UserError(
-                    f"{key}: {list(all_infos[0][key].shape)} {all_infos[0][key].dtype} in {paths[0]}, "
+                    f"{key}: {list(all_infos[0][key].shape)} {all_infos[0][key].dtype} "
+                    f"in {paths[0]}, "
                     f"{list(info.shape)} {info.dtype} in {path}."
                 )
     outputs = [
@@ -71,5 +71,3 @@ def _averaged(key: str, info, at, size, weights: list[float]) -> Output:
         regions = tuple(Region(f"{i}:{key}", at, size) for i in range(count))
         recipe = Recipe("mean", regions, {"weights": weights})
     return Output(key, tuple(shape), info.dtype, recipe, at, full)
-
-

@@ -5,10 +5,11 @@ is one tensor or three, and in the orientation of the n*n res rows: here they ar
 applied as x_next[o] = sum_i H_res[o, i] x[i]; DeepSeek-V4's ``comb`` and the H_res of Megatron-LM's
 main branch are applied transposed, so their rows are [i, o].
 
-Sources: DeepSeek-V4's checkpoint names and transformers' ``models/deepseek_v4``; NVIDIA/Megatron-LM,
-``megatron/core/transformer/hyper_connection.py``: the main branch computes H_res^T x with V4's
-Sinkhorn and a learned head, the first version of its development branch H_res x with Eq. (9) and the
-mean of the streams (its ``norm.weight`` takes no part in the forward pass and is left out).
+Sources: DeepSeek-V4's checkpoint names and transformers' ``models/deepseek_v4``; in
+NVIDIA/Megatron-LM, ``megatron/core/transformer/hyper_connection.py``: the main branch computes
+H_res^T x with V4's Sinkhorn and a learned head, the first version of its development branch H_res x
+with Eq. (9) and the mean of the streams (its ``norm.weight`` takes no part in the forward pass and
+is left out).
 """
 
 from __future__ import annotations
@@ -55,7 +56,16 @@ class Layout:
 
 
 OURS = Layout(
-    "decoder.layers.{l}.", "attn_hc", "mlp_hc", ".phi", ".bias", (".alpha",), EXIT, False, "paper", 1e-20
+    "decoder.layers.{l}.",
+    "attn_hc",
+    "mlp_hc",
+    ".phi",
+    ".bias",
+    (".alpha",),
+    EXIT,
+    False,
+    "paper",
+    1e-20,
 )
 DEEPSEEK_V4 = Layout(
     "layers.{l}.",
@@ -81,8 +91,8 @@ TRANSFORMERS = Layout(
     "deepseek-v4",
     1e-6,
 )
-#: Spellings of DeepSeek-V4's names -> its checkpoints': transformers' modules have their own, and its
-#: ``save_pretrained`` writes a mixture.
+#: Spellings of DeepSeek-V4's names -> its checkpoints': transformers' modules have their own, and
+#: its ``save_pretrained`` writes a mixture.
 SPELLINGS = (
     (r"^model\.", ""),
     (r"\.attn_hc\.", ".hc_attn_"),
@@ -203,7 +213,9 @@ def convert_layout(
             prefix, name = source.layer.format(l=layer) + module, target.layer + other
             for suffix, wanted in ((source.phi, target.phi), (source.bias, target.bias)):
                 at = found[prefix + suffix]
-                recipe = Recipe("permute_rows" if turn else "copy", (at.region,), order if turn else {})
+                recipe = Recipe(
+                    "permute_rows" if turn else "copy", (at.region,), order if turn else {}
+                )
                 yield Target(name + wanted, layer, at.info.shape, recipe, at.info)
             alphas = [found[prefix + suffix] for suffix in source.alpha]
             yield from _alphas(name, layer, alphas, target)
@@ -235,7 +247,9 @@ def streams_of(where: str, phi: TensorInfo, hidden_size: int) -> int:
     """
     n = phi.shape[-1] // hidden_size
     if len(phi.shape) != 2 or phi.shape != (n * n + 2 * n, n * hidden_size) or n < 2:
-        raise UserError(f"{where}: a connection of shape {list(phi.shape)} fits no n at C = {hidden_size}.")
+        raise UserError(
+            f"{where}: a connection of shape {list(phi.shape)} fits no n at C = {hidden_size}."
+        )
     return n
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from argparse import Namespace
 from collections.abc import Iterator
@@ -92,9 +91,7 @@ def _piece(rule: Rule, layer: int | None, expert: int | None, words: dict[str, A
     hf = tuple(
         (name.format(**at), tuple(words[word] for word in shape.split())) for name, shape in rule.hf
     )
-    return Piece(
-        rule, rule.megatron.format(**at), rule.local.format(**at), hf, layer, expert
-    )
+    return Piece(rule, rule.megatron.format(**at), rule.local.format(**at), hf, layer, expert)
 
 
 # ---------------------------------------------------------------------------------------- import
@@ -141,6 +138,7 @@ def import_plan(
     dtypes = {output.dtype for output in outputs if len(output.shape) > 1}
     args.params_dtype = min(dtypes, key=lambda d: d.itemsize)
     args.bf16 = values["bf16"] = args.params_dtype == torch.bfloat16
+    args.fp16 = values["fp16"] = args.params_dtype == torch.float16
     return Plan(
         "torch_dist",
         [path],
@@ -381,7 +379,10 @@ def connection_outputs(source: TorchDistSource, mhc: MHCConfig, left: list[str])
     exit_shapes = dict(zip(EXIT, ((mhc.n, width), (1,), (mhc.n,)), strict=True))
     shapes = {OURS.phi: (mhc.K, width), OURS.alpha[0]: (mhc.alphas,), OURS.bias: (mhc.K,)}
     names = {
-        OURS.layer.format(l=layer) + module + suffix: (f"model.layers.{layer}.{module}{suffix}", shape)
+        OURS.layer.format(l=layer) + module + suffix: (
+            f"model.layers.{layer}.{module}{suffix}",
+            shape,
+        )
         for layer in range(source.args.num_layers)
         for module in (OURS.attn, OURS.mlp)
         for suffix, shape in shapes.items()
@@ -412,7 +413,10 @@ def mhc_config(family: str, mhc: MHCConfig) -> dict[str, Any]:
     return {
         "model_type": f"mhc_{family}",
         "architectures": [model],
-        "auto_map": {"AutoConfig": f"{module}.{config}", "AutoModelForCausalLM": f"{module}.{model}"},
+        "auto_map": {
+            "AutoConfig": f"{module}.{config}",
+            "AutoModelForCausalLM": f"{module}.{model}",
+        },
         "mhc": {key: getattr(mhc, key) for key in keys},
     }
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mhc_kernels import reference
 from torch import Tensor
 
+from mhc_kernels import reference
 from mhc_megatron.checkpoint import torch_dist
 from mhc_megatron.checkpoint.connections import EXIT, LAYOUTS, OURS
 from mhc_megatron.checkpoint.convert import CHECKSUMS, checksum_text, file_sha256, open_source
@@ -44,7 +44,9 @@ def inspect(path: Path) -> dict[str, Any]:
         "bytes": sum(v.nbytes for v in infos.values()),
         "dtypes": dict(Counter(str(v.dtype).removeprefix("torch.") for v in model.values())),
         "optimizer tensors": len(infos) - len(model),
-        "shapes": {k: [list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in model.items()},
+        "shapes": {
+            k: [list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in model.items()
+        },
     }
     if isinstance(source, TorchDistSource):
         about["iteration"] = source.common.get("iteration")
@@ -294,7 +296,9 @@ def _check_objects(source: TorchDistSource) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{source.path}/metadata.json is missing or damaged.") from error
     if backend != "torch_dist":
-        raise UserError(f"{source.path}/metadata.json names the backend {backend!r}, not torch_dist.")
+        raise UserError(
+            f"{source.path}/metadata.json names the backend {backend!r}, not torch_dist."
+        )
 
 
 def _check_layers(source: TorchDistSource) -> None:
@@ -343,5 +347,3 @@ def verify_checksums(folder: Path) -> int:
         if file_sha256(folder / name) != digest:
             raise UserError(f"{folder / name} is damaged: its checksum is not that of {CHECKSUMS}.")
     return len(sums)
-
-

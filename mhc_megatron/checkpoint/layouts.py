@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from mhc_megatron.checkpoint import torch_dist
 from mhc_megatron.checkpoint.connections import (
     EXIT,
     LAYOUTS,
@@ -88,7 +87,9 @@ def export_deepseek_plan(path: Path, names: str = "deepseek-v4") -> Plan:
         "hidden_size": args.hidden_size,
         "num_hidden_layers": args.num_layers,
     }
-    return Plan("safetensors", [source.path], outputs, texts={"config.json": json.dumps(config, indent=2)})
+    return Plan(
+        "safetensors", [source.path], outputs, texts={"config.json": json.dumps(config, indent=2)}
+    )
 
 
 def mhc_source(path: Path) -> tuple[TorchDistSource, MHCConfig]:
@@ -124,13 +125,17 @@ def import_deepseek_plan(path: Path, base: Path) -> Plan:
     if phi is None:
         raise UserError(f"{path}: {_first(layout)} is missing.")
     n = streams_of(str(path), phi, args.hidden_size)
-    deeper = [k for k in tensor_names(layout, args.num_layers + 1) if k in infos][6 * args.num_layers :]
+    deeper = [k for k in tensor_names(layout, args.num_layers + 1) if k in infos][
+        6 * args.num_layers :
+    ]
     if deeper:
         raise UserError(name_errors(str(path), [], deeper, tensor_names(layout, args.num_layers)))
     learned = check_layout(str(path), found, layout, args.num_layers, args.hidden_size, n)
     stacked, layers = stacked_layers(source) > 0, args.num_layers
     outputs = [
-        _renumbered(output, "1:") for output in mirror(source, skip="optimizer.") if not _is_hc(output.key)
+        _renumbered(output, "1:")
+        for output in mirror(source, skip="optimizer.")
+        if not _is_hc(output.key)
     ]
     for target in convert_layout(found, layout, OURS, layers, n, learned):
         outputs.append(_placed(target, layers, stacked, torch.float32))
@@ -186,11 +191,15 @@ def megatron_plan(path: Path, layout_name: str, *, export: bool) -> Plan:
     found = found_in(source)
     first = found.get(_first(from_))
     if first is None:
-        raise UserError(f"{source.path} has no tensors in the layout {layout_name} ({_first(from_)}).")
+        raise UserError(
+            f"{source.path} has no tensors in the layout {layout_name} ({_first(from_)})."
+        )
     n = streams_of(str(source.path), first.info, args.hidden_size)
     learned = check_layout(str(source.path), found, from_, args.num_layers, args.hidden_size, n)
     if export and layout_name == "megatron-dev" and learned:
-        raise UserError("megatron-dev leaves the streams by their mean; a learned exit has no place in it.")
+        raise UserError(
+            "megatron-dev leaves the streams by their mean; a learned exit has no place in it."
+        )
     stacked, layers = stacked_layers(source) > 0, args.num_layers
     outputs = [output for output in mirror(source) if not names(output.key)]
     for prefix in ["", *optimizer_prefixes(source)]:

@@ -69,7 +69,9 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         if (path / name / ".metadata").exists():
             return path / name
         raise UserError(f"{path}: {TRACKER} names {name}, which has no .metadata.")
-    raise UserError(f"{path} is not a torch_dist checkpoint: it has neither .metadata nor {TRACKER}.")
+    raise UserError(
+        f"{path} is not a torch_dist checkpoint: it has neither .metadata nor {TRACKER}."
+    )
 
 
 def is_torch_dist(path: str | os.PathLike[str]) -> bool:

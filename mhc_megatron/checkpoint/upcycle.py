@@ -85,7 +85,9 @@ def upcycle_plan(
 def _check(source: TorchDistSource, args: Namespace, mhc: MHCConfig) -> None:
     was = MHCConfig.from_mapping(getattr(args, "mhc", None) or {"variant": "none"})
     if was.enabled or connection_names(source):
-        raise UserError(f"{source.path} is an mHC checkpoint already; upcycle takes residual models.")
+        raise UserError(
+            f"{source.path} is an mHC checkpoint already; upcycle takes residual models."
+        )
     if not mhc.enabled:
         raise UserError("upcycle needs an mHC variant with n > 1 (variant, n).")
     if not hasattr(args, "num_layers") or not hasattr(args, "hidden_size"):
@@ -93,7 +95,9 @@ def _check(source: TorchDistSource, args: Namespace, mhc: MHCConfig) -> None:
     if any(key.startswith("mtp.") for key in source.tensors):
         raise UserError("upcycle does not take models with multi-token prediction layers.")
     if getattr(args, "apply_residual_connection_post_layernorm", False):
-        raise UserError("upcycle takes pre-norm models (no apply-residual-connection-post-layernorm).")
+        raise UserError(
+            "upcycle takes pre-norm models (no apply-residual-connection-post-layernorm)."
+        )
 
 
 def optimizer_prefixes(source: TorchDistSource) -> list[str]:
@@ -221,7 +225,7 @@ def torch_dist_plan(
     objects: dict[str, bytes] | None = None,
     groups: Callable[[Any], None] | None = None,
 ) -> Plan:
-    """A plan whose result is the source's checkpoint with other tensors and, with ``mhc``, settings.
+    """The plan of a checkpoint like the source's with other tensors and, with ``mhc``, settings.
 
     ``release``: without iteration, optimizer and random state, as a start of another run.
     ``groups`` changes the optimizer's stored parameter groups.
