@@ -53,6 +53,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.corpus import check_corpus
 from mhc_megatron.errors import UserError
 from mhc_megatron.layer_spec import mhc_layer_spec
 from mhc_megatron.optimizer import group_connections
@@ -195,7 +196,7 @@ def datasets(num_samples: list[int], vp_stage: int | None = None):
     """
     args = get_args()
     config = dataset_config(args)
-    check_data(config, args.padded_vocab_size)
+    check_data(config, args.padded_vocab_size, num_samples)
     build = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
         num_samples,
@@ -235,12 +236,21 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
     )
 
 
-def check_data(config: GPTDatasetConfig, padded_vocab_size: int) -> None:
+def check_data(
+    config: GPTDatasetConfig, padded_vocab_size: int, num_samples: list[int]
+) -> None:
     """Look at every indexed file once, before Megatron builds anything on it."""
-    from mhc_megatron.corpus import check_corpus
-
+    splits = [
+        bounds if samples else None
+        for bounds, samples in zip(config.split_matrix or (), num_samples)
+    ]
     for prefix in _prefixes(config):
-        check_corpus(prefix, sequence_length=config.sequence_length, vocab_size=padded_vocab_size)
+        check_corpus(
+            prefix,
+            sequence_length=config.sequence_length,
+            vocab_size=padded_vocab_size,
+            splits=splits,
+        )
 
 
 def _prefixes(config: GPTDatasetConfig) -> list[str]:

@@ -219,6 +219,7 @@ BAD = {
     "missing corpus": (["data-path=[no/such]"], "no/such.bin does not exist"),
     "no data at all": (["data-path=null"], "no data: set data-path"),
     "vocabulary too large": (["vocab-size=100"], "a vocabulary of 257, larger than the model's 100"),
+    "split without a document": (["split=99,1,0"], "none falls to the validation set"),
     "sequence longer than data": (
         ["seq-length=100000", "max-position-embeddings=100000"],
         "fewer than one sequence",
