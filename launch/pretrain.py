@@ -83,7 +83,7 @@ def _run(settings: Settings, console: TextIO | None) -> None:
 
     _single_process_environment()
     values = _defaults(settings) | settings.megatron
-    if not torch.cuda.is_available():
+    if cpu.enabled() or not torch.cuda.is_available():
         cpu.enable()
         values |= cpu.ARGUMENTS
     args = parse(values)
@@ -117,6 +117,9 @@ def _defaults(settings: Settings) -> dict[str, Any]:
         "exit-signal-handler": True,
         "no-one-logger": True,
     }
+    if settings.megatron.get("bf16") or settings.megatron.get("fp16"):
+        # The other one cannot save the connections' float32 parameters (training.check_arguments).
+        values["use-distributed-optimizer"] = True
     # What Megatron fuses by default comes from packages that may not be there.
     if importlib.util.find_spec("transformer_engine") is None:
         values |= {

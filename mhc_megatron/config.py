@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mhc_kernels.reference import ITERATIONS, NORM_EPS, alpha_size, phi_rows
+from mhc_kernels.reference import ITERATIONS, NORM_EPS, SINKHORNS, alpha_size, phi_rows
 
 from mhc_megatron.errors import UserError
 
@@ -29,6 +29,9 @@ class MHCConfig:
             permutations), ``hc`` (unconstrained, for ablations) or ``none`` (plain residual).
         n: residual streams. n = 1 is the plain residual connection whatever the variant.
         sinkhorn_iterations: steps of Eq. (9).
+        sinkhorn: ``paper``, Eq. (9), or ``deepseek-v4``, for checkpoints of that family: softmax
+            first, an epsilon in every denominator and in H_pre and the learned exit's weights. It
+            runs on the eager path (``mhc_kernels.reference``), not the fused kernels.
         alpha: initial value of the scalars alpha_pre, alpha_post, alpha_res.
         init: how the biases b start. ``paper``: b = 0, so every H_res is the uniform 1/n mix (for
             ``hc``, which the paper leaves to its predecessor, the static init of arXiv
@@ -58,6 +61,7 @@ class MHCConfig:
     norm_eps: float = NORM_EPS
     exit: str = "mean"
     kernels: str = "auto"
+    sinkhorn: str = "paper"
     lr_mult: float = 1.0
     phi_weight_decay: float = 1.0
     seed: int = 1234
@@ -69,6 +73,9 @@ class MHCConfig:
         _check_choice("init", self.init, INITS)
         _check_choice("exit", self.exit, EXITS)
         _check_choice("kernels", self.kernels, KERNELS)
+        _check_choice("sinkhorn", self.sinkhorn, SINKHORNS)
+        if self.sinkhorn != "paper" and self.variant != "mhc":
+            raise UserError(f"mhc: sinkhorn {self.sinkhorn} needs variant mhc, not {self.variant}.")
         for name, least in (("n", 1), ("sinkhorn_iterations", 1), ("norm_eps", 0)):
             if getattr(self, name) < least:
                 value = getattr(self, name)

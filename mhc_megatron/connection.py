@@ -119,7 +119,7 @@ class HyperConnection(nn.Module):
         if before is not None:
             return self._write_and_read(x, before)
         u, H_post, H_res = self._take_read_ahead(x) or self._ops.mhc_pre(
-            self._split(x), *self._parameters_of_read(), **self._options()
+            self._split(x), self.phi, self.alpha, self.bias, **self._options()
         )
         self._coefficients = H_post, H_res
         if self.observer is not None:
@@ -150,17 +150,24 @@ class HyperConnection(nn.Module):
         return post
 
     def _write_and_read(self, x: Tensor, before: Write) -> Tensor:
-        x_next, u, H_post, H_res = self._ops.mhc_post_pre(
-            self._split(x),
-            before.y,
-            before.H_post,
-            before.H_res,
-            *self._parameters_of_read(),
-            y_bias=before.y_bias,
-            **self._options(),
-        )
-        x_next = x_next.flatten(-2)
-        self._read_ahead = Read(x_next, u, H_post, H_res)
+        parameters = (self.phi, self.alpha, self.bias)
+        if self._ops is mhc_kernels and mhc_kernels.supported(self._split(x)):
+            x_next, *read = self._ops.mhc_post_pre(
+                self._split(x),
+                before.y,
+                before.H_post,
+                before.H_res,
+                *parameters,
+                y_bias=before.y_bias,
+                **self._options(),
+            )
+            x_next = x_next.flatten(-2)
+        else:
+            # Through the views that separate calls take: autograd adds x's gradients in one order,
+            # and full recompute, which reads nothing ahead across layers, gives the same bits.
+            x_next = self._ops.mhc_post(self._split(x), before.y, before.H_post, before.H_res, before.y_bias).flatten(-2)
+            read = self._ops.mhc_pre(self._split(x_next), *parameters, **self._options())
+        self._read_ahead = Read(x_next, *read)
         return x_next
 
     def _take_read_ahead(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
@@ -176,19 +183,19 @@ class HyperConnection(nn.Module):
 
     @property
     def _ops(self):
-        return reference if self.mhc.kernels == "reference" else mhc_kernels
+        # The fused kernels know Eq. (9) alone.
+        eager = self.mhc.kernels == "reference" or self.mhc.sinkhorn != "paper"
+        return reference if eager else mhc_kernels
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n, self.C))
-
-    def _parameters_of_read(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.phi, self.alpha, self.bias
 
     def _options(self) -> dict[str, Any]:
         return {
             "variant": self.mhc.variant,
             "iterations": self.mhc.sinkhorn_iterations,
             "eps": self.mhc.norm_eps,
+            **({} if self.mhc.sinkhorn == "paper" else {"sinkhorn_kind": self.mhc.sinkhorn}),
         }
 
     def _take_coefficients(self) -> tuple[Tensor, Tensor | None]:

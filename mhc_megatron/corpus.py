@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,18 +26,25 @@ _DTYPES = {
 }
 
 
-def check_corpus(prefix: str, *, sequence_length: int, vocab_size: int) -> None:
+#: Bounds of a split as shares of the documents, in Megatron's order; None: not asked for.
+Splits = Sequence[tuple[float, float] | None]
+
+
+def check_corpus(
+    prefix: str, *, sequence_length: int, vocab_size: int, splits: Splits = ()
+) -> None:
     """That PREFIX.bin / PREFIX.idx are whole, hold a sequence, and fit the model's vocabulary.
 
     Raises:
         UserError: missing, truncated or not an index; fewer than ``sequence_length`` + 1 tokens; a
-            vocabulary (from PREFIX.json, where there is one) larger than ``vocab_size``.
+            vocabulary (from PREFIX.json, where there is one) larger than ``vocab_size``; one of
+            ``splits`` without a document, for which Megatron would look for ever.
     """
     bin_path, idx_path = prefix + ".bin", prefix + ".idx"
     for path in (bin_path, idx_path):
         if not os.path.isfile(path):
             raise UserError(f"data-path: {path} does not exist; tools/prepare_data.py makes it.")
-    size, dtype = _index_size(idx_path)
+    size, documents, dtype = _index_size(idx_path)
     if os.path.getsize(bin_path) != size * dtype.itemsize:
         raise UserError(
             f"data-path: {bin_path} has {os.path.getsize(bin_path):,} bytes where its index says "
@@ -47,6 +55,13 @@ def check_corpus(prefix: str, *, sequence_length: int, vocab_size: int) -> None:
             f"data-path: {prefix} has {size:,} tokens, fewer than one sequence of "
             f"{sequence_length:,} and its next token."
         )
+    for name, bounds in zip(("training", "validation", "test"), splits):
+        # core/datasets/blended_megatron_dataset_builder.py rounds the same way.
+        if bounds and round(bounds[0] * documents) >= round(bounds[1] * documents):
+            raise UserError(
+                f"data-path: of the {documents:,} documents of {prefix} none falls to the {name} "
+                "set; change split, or set eval-iters: 0."
+            )
     vocab = _vocab_size(prefix)
     if vocab is not None and vocab > vocab_size:
         raise UserError(
@@ -61,8 +76,8 @@ def unigram_entropy(prefix: str) -> float | None:
     return float(value) if value is not None else None
 
 
-def _index_size(idx_path: str) -> tuple[int, np.dtype]:
-    """Tokens of an index, and their dtype; its own length is checked on the way."""
+def _index_size(idx_path: str) -> tuple[int, int, np.dtype]:
+    """Tokens and documents of an index, and the tokens' dtype; its own length is checked too."""
     with open(idx_path, "rb") as f:
         head = f.read(_HEADER.size)
         if len(head) < _HEADER.size or not head.startswith(_MAGIC):
@@ -77,7 +92,8 @@ def _index_size(idx_path: str) -> tuple[int, np.dtype]:
                 f"{expected:,}; it is truncated."
             )
         lengths = np.fromfile(f, dtype=np.int32, count=sequences)
-    return int(lengths.sum(dtype=np.int64)), np.dtype(_DTYPES[code])
+    # The index lists where documents begin, and where the last one ends.
+    return int(lengths.sum(dtype=np.int64)), documents - 1, np.dtype(_DTYPES[code])
 
 
 def _vocab_size(prefix: str) -> int | None:

@@ -1,7 +1,7 @@
 """Parameters and floating-point operations of a model by formula, from Megatron's parsed arguments.
 
-A model is a list of *items*: the embedding, its decoder layers, multi-token prediction layers, and
-the loss (final norm and output). Each item is a few ``Part``s. ``tests/test_counting.py`` builds
+A model is a list of *items*: the embedding, its decoder layers, the final norm, multi-token
+prediction layers, and the output. Each item is a few ``Part``s. ``tests/test_counting.py`` builds
 the models and finds the same numbers; the formulas follow megatron-core 0.19.2's modules
 (transformer/attention.py, multi_latent_attention.py, mlp.py, moe/, multi_token_prediction.py).
 
@@ -29,7 +29,8 @@ class Part:
     """Parameters of one part of a model, by how a parallel layout spreads them.
 
     Attributes:
-        name: attention, dense, router, experts, shared, norms, connections, embedding, output, mtp.
+        name: attention, dense, router, experts, shared, norms, connections, embedding, output or
+            mtp.
         split: over tensor-parallel ranks.
         whole: on every rank of a stage.
         expert: over expert- and expert-tensor-parallel ranks.
@@ -67,7 +68,8 @@ class Item:
     """A piece of a pipeline stage.
 
     Attributes:
-        kind: ``embedding``, ``decoder``, ``mtp`` or ``loss``, as Megatron's LayerType names them.
+        kind: ``embedding``, ``decoder``, ``mtp`` or ``loss``, as Megatron's LayerType names them,
+            or ``final``: the streams' exit and the norm after it.
         parts: its parameters.
         sublayers: residual functions in it, each with a connection.
     """
@@ -130,8 +132,9 @@ def model(args: Namespace, mhc: MHCConfig) -> list[Item]:
         Item("mtp", (*_layer(args, mhc, experts[-1]), *_prediction(args, mhc)), 2)
         for _ in range(args.mtp_num_layers or 0)
     ]
-    loss = (vectors("norms", _norm(args)), *_exit(args, mhc), output(args))
-    return [Item("embedding", (embedding(args),)), *layers, *predictions, Item("loss", loss)]
+    final = Item("final", (vectors("norms", _norm(args)), *_exit(args, mhc)))
+    loss = Item("loss", (output(args),))
+    return [Item("embedding", (embedding(args),)), *layers, final, *predictions, loss]
 
 
 def check_supported(args: Namespace) -> None:
@@ -212,7 +215,8 @@ def _latent_attention(args: Namespace) -> tuple[Part, ...]:
     up = rank_kv * heads * (args.qk_head_dim + args.v_head_dim)
     out = heads * args.v_head_dim * C
     down = C * (rank_kv + args.qk_pos_emb_head_dim) + (C * rank_q if rank_q else 0)
-    norms = _norm(args, rank_kv) + (_norm(args, rank_q) if rank_q else 0)
+    # Without a rank of their own, Megatron norms the queries' input again (mla_qk_norm_config.py).
+    norms = _norm(args, rank_kv) + _norm(args, rank_q or C)
     return (
         # Megatron keeps the down-projections whole on every tensor-parallel rank.
         matrices("attention", split=(rank_q or C) * query + up + out, whole=down),

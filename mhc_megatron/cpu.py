@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import os
 import time
@@ -91,14 +92,20 @@ ARGUMENTS: dict[str, Any] = {
     "no-rope-fusion": True,
     "no-gradient-accumulation-fusion": True,
     "no-persist-layer-norm": True,
+    "moe-grouped-gemm": False,
+    "moe-permute-fusion": False,
+    # Half-precision moments are Transformer Engine's.
+    "use-precision-aware-optimizer": False,
+    "exp-avg-dtype": "fp32",
+    "exp-avg-sq-dtype": "fp32",
 }
 
 
 class _CudaIsCpu(TorchFunctionMode):
     """Sends every ``device="cuda"`` to the CPU and lets CPU tensors name CUDA types.
 
-    ``Tensor.type()`` is compared with ``torch.cuda.FloatTensor`` by core/optimizer/clip_grads.py:174
-    and core/optimizer/distrib_optimizer.py:479.
+    ``Tensor.type()`` is compared with ``torch.cuda.FloatTensor`` by
+    core/optimizer/clip_grads.py:174 and core/optimizer/distrib_optimizer.py:479.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -285,7 +292,7 @@ def _patch_megatron() -> None:
     from megatron.core.models.hybrid import hybrid_block
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.tensor_parallel import random as megatron_random
-    from megatron.core.transformer import dot_product_attention, torch_norm
+    from megatron.core.transformer import dot_product_attention, mla_qk_norm_config, torch_norm
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     # tensor_parallel/random.py:104,135 reach for torch.cuda's generators through private calls.
@@ -297,11 +304,11 @@ def _patch_megatron() -> None:
     # transformer/torch_norm.py:50 refuses sequence parallelism, the only norm without CUDA.
     build = torch_norm.WrappedTorchNorm.__new__
     _replace(torch_norm.WrappedTorchNorm, "__new__", _norm_like_the_fused(build))
-    # models/hybrid/hybrid_block.py:167 makes the final norm of a HybridModel with Transformer Engine.
+    # models/hybrid/hybrid_block.py:215 makes its final norm with Transformer Engine.
     _replace(hybrid_block, "TENorm", torch_norm.WrappedTorchNorm)
     # tensor_parallel/random.py:69 compiles a C++ extension that swaps pointers; here a copy does.
     _replace(megatron_random, "_get_share_storage", lambda: _share_storage)
-    # Without Transformer Engine random.py:693 and :796 miss these names.
+    # Without Transformer Engine random.py:693 and :785 miss these names.
     _replace(megatron_random, "FP8GlobalStateManager", _NoFP8)
     for name in ("fp8_autocast", "activation_recompute_forward"):
         _replace(megatron_random, name, lambda **kwargs: contextlib.nullcontext())
@@ -309,6 +316,10 @@ def _patch_megatron() -> None:
     # Transformer Engine's attention takes (dot_product_attention.py:46).
     attention = dot_product_attention.DotProductAttention
     _replace(attention, "__init__", _attention_with_channels(attention.__init__))
+    # transformer/mla_qk_norm_config.py:259 refuses --qk-layernorm without a query rank, unless a
+    # layer has norm and projection in one, as Transformer Engine's has.
+    resolver = mla_qk_norm_config.QKNormConfigResolver
+    _replace(resolver, "resolve", _with_normed_queries(resolver.resolve))
     # optimizer/distrib_optimizer.py loads checkpoints for Transformer Engine's Adam: torch's has a
     # step of its own, not there before the first one (:837) and not among what comes back (:1222).
     optimizer = distrib_optimizer.DistributedOptimizer
@@ -317,6 +328,39 @@ def _patch_megatron() -> None:
         ("_set_main_param_and_optimizer_states", _keeping_the_step),
     ):
         _replace(optimizer, name, wrap(getattr(optimizer, name)))
+
+
+def _with_normed_queries(resolve):
+    """``QKNormConfigResolver.resolve`` that has a projection with a norm for full-rank queries."""
+
+    def resolved(self):
+        if self.config.qk_layernorm and not self.has_q_lora and not self.fused_norm_linear_impl:
+            self.submodules = dataclasses.replace(self.submodules, q_layernorm=None)
+            self.fused_norm_linear_impl = _normed_linear()
+        return resolve(self)
+
+    return resolved
+
+
+@functools.cache
+def _normed_linear():
+    """Transformer Engine's TELayerNormColumnParallelLinear, of an RMSNorm and in its names."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    class NormedLinear(ColumnParallelLinear):
+        def __init__(self, input_size: int, output_size: int, *, config, **kwargs: Any) -> None:
+            super().__init__(input_size, output_size, config=config, **kwargs)
+            weight = torch.ones(input_size, dtype=config.params_dtype)
+            self.layer_norm_weight = torch.nn.Parameter(weight)
+            self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+            self.eps = config.layernorm_epsilon
+
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any):
+            shape = self.layer_norm_weight.shape
+            x = torch.nn.functional.rms_norm(x, shape, self.layer_norm_weight, self.eps)
+            return super().forward(x, *args, **kwargs)
+
+    return NormedLinear
 
 
 def _with_a_step(sharded_state_dict):
@@ -336,7 +380,7 @@ def _with_a_step(sharded_state_dict):
 def _keeping_the_step(set_states):
     """Sets a parameter's state from a checkpoint; its step, which has come already, stays.
 
-    A copy of it: :1029 gives all parameters one tensor, which AdamW would count up for each of them.
+    A copy of it: :1032 gives all parameters one tensor, which AdamW would count up for each.
     """
 
     @functools.wraps(set_states)

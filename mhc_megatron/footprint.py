@@ -1,8 +1,8 @@
 """What a layout asks of each GPU: weights, optimizer, residual streams, and bytes between stages.
 
-Arithmetic on ``counting.model``'s items, without building anything. It covers what hyper-connections
-and the layout decide; the activations inside attention, MLP and experts, which recompute settings
-and Transformer Engine decide, are not in it.
+Arithmetic on ``counting.model``'s items, without building anything. It covers what
+hyper-connections and the layout decide; the activations inside attention, MLP and experts, which
+recompute settings and Transformer Engine decide, are not in it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def stages(args: Namespace, mhc: MHCConfig) -> list[Stage]:
     queues: dict[str, list[Item]] = {}
     for item in model(args, mhc):
         queues.setdefault(item.kind, []).append(item)
-    chunks = [[queues[kind].pop(0) for kind in kinds] for kinds in chunk_kinds(args)]
+    chunks = [[queues[kind].pop(0) for kind in kinds] for kinds in _with_final(chunk_kinds(args))]
     return [[chunks[rank + turn * p] for turn in range(v)] for rank in range(p)]
 
 
@@ -104,6 +104,16 @@ def chunk_kinds(args: Namespace) -> list[list[str]]:
     kinds[0].insert(0, "embedding")
     kinds[-1] += ["mtp"] * (args.mtp_num_layers or 0) + ["loss"]
     return kinds
+
+
+def _with_final(chunks: list[list[str]]) -> list[list[str]]:
+    """The final norm comes before what first needs it (``has_final_layernorm_in_this_stage``)."""
+    for kinds in chunks:
+        first = next((i for i, kind in enumerate(kinds) if kind in ("mtp", "loss")), None)
+        if first is not None:
+            kinds.insert(first, "final")
+            break
+    return chunks
 
 
 def _layers_by_chunk(args: Namespace) -> list[int]:
@@ -130,7 +140,7 @@ def _layers_by_chunk(args: Namespace) -> list[int]:
 
 
 def _holds(stage: Stage) -> str:
-    letters = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
+    letters = {"embedding": "E", "decoder": "t", "final": "", "mtp": "m", "loss": "L"}
     return "|".join("".join(letters[item.kind] for item in chunk) for chunk in stage)
 
 

@@ -25,7 +25,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from mhc_megatron import cpu
 from mhc_megatron.config import MHCConfig
@@ -78,6 +78,7 @@ def read_arguments(checkpoint: str) -> tuple[Namespace, MHCConfig]:
         UserError: the checkpoint is damaged, or holds a model that this module cannot build.
     """
     with _explained(checkpoint):
+        check_whole(checkpoint)
         args = dist_checkpointing.load_common_state_dict(checkpoint).get("args")
     if args is None:
         raise UserError(f"the checkpoint {checkpoint} does not hold the settings of its run.")
@@ -85,6 +86,26 @@ def read_arguments(checkpoint: str) -> tuple[Namespace, MHCConfig]:
         raise UserError(f"the checkpoint {checkpoint} is of a hybrid model; only GPT is supported.")
     mhc = MHCConfig.from_mapping(getattr(args, "mhc", None) or {"variant": "none"})
     return args, mhc
+
+
+def check_whole(checkpoint: str) -> None:
+    """That every file of a checkpoint is as long as its index says; loading reads parts only.
+
+    Raises:
+        UserError: a file is missing or too short.
+    """
+    index = FileSystemReader(checkpoint).read_metadata().storage_data or {}
+    ends: dict[str, int] = {}
+    for place in index.values():
+        path = place.relative_path
+        ends[path] = max(ends.get(path, 0), place.offset + place.length)
+    for path, end in ends.items():
+        file = os.path.join(checkpoint, path)
+        size = os.path.getsize(file) if os.path.exists(file) else 0
+        if size < end:
+            raise UserError(
+                f"the checkpoint {checkpoint} is damaged: {path} has {size:,} bytes of {end:,}."
+            )
 
 
 class _explained:

@@ -44,7 +44,6 @@ from mhc_megatron.connection import HyperConnection
 from mhc_megatron.errors import UserError
 from mhc_megatron.streams import Exit, enter
 
-
 Spec = ModuleSpec | TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules
 
 
@@ -95,8 +94,14 @@ def check_config(config: TransformerConfig) -> None:
     """
     if config.inference_fuse_tp_communication:
         raise UserError(
-            "mhc: inference_fuse_tp_communication adds the residual inside Megatron's kernel, where "
-            "the streams cannot follow; turn it off."
+            "mhc: inference_fuse_tp_communication adds the residual inside Megatron's kernel, "
+            "where the streams cannot follow; turn it off."
+        )
+    norms = {"attn_norm", "mlp_norm"} & set(config.offload_modules or ())
+    if config.fine_grained_activation_offloading and norms:
+        raise UserError(
+            f"mhc: offload-modules {' and '.join(sorted(norms))} frees the residual streams that a "
+            "connection's backward reads; leave it out."
         )
 
 
@@ -159,7 +164,7 @@ def _hybrid_stack(spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
         if issubclass(layer.module, TransformerLayer):
             layers[field.name] = _layer(layer, mhc, stacked=True)
         else:
-            layers[field.name] = ModuleSpec(functools.partial(_refuse, layer.module.__name__))
+            layers[field.name] = ModuleSpec(_refused(layer.module.__name__))
     if spec.submodules.mtp_block_spec is not None:
         layers["mtp_block_spec"] = block = copy.copy(spec.submodules.mtp_block_spec)
         block.submodules = MultiTokenPredictionBlockSubmodules(
@@ -177,8 +182,13 @@ def _hybrid_mtp_layer(spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
     return spec
 
 
-def _refuse(name: str, *args, **kwargs) -> None:
-    raise UserError(f"mhc: layers of class {name} are not supported in a hybrid model.")
+def _refused(name: str) -> type:
+    """A layer class that says no when a model's pattern asks for it."""
+
+    def refuse(self, *args, **kwargs) -> None:
+        raise UserError(f"mhc: layers of class {name} are not supported in a hybrid model.")
+
+    return type(name, (torch.nn.Module,), {"__init__": refuse})
 
 
 def _final_norm(builder, mhc: MHCConfig):
@@ -212,7 +222,7 @@ class HyperConnectedStack(HybridStack):
 
 
 class HyperConnectedPrediction(MultiTokenPredictionLayer):
-    """A HybridModel's multi-token prediction layer; its inner stack has no final norm to leave at."""
+    """A HybridModel's multi-token prediction layer: its inner stack has no norm to leave at."""
 
     def __init__(self, config: TransformerConfig, *args, mhc: MHCConfig, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
@@ -224,7 +234,8 @@ class HyperConnectedPrediction(MultiTokenPredictionLayer):
         # The stack numbers its layers from one again; names and seeds must differ all the same.
         for connection in stack.modules():
             if isinstance(connection, HyperConnection):
-                connection.name = f"mtp{self.layer_number - 1}.{connection.name.removeprefix('mtp')}"
+                inner = connection.name.removeprefix("mtp")
+                connection.name = f"mtp{self.layer_number - 1}.{inner}"
                 connection.reset_parameters()
 
 

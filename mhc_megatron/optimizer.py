@@ -6,16 +6,17 @@ with ``--optimizer muon``, orthogonalised like one. Their group here:
 
 - learning rate times ``MHCConfig.lr_mult`` (also the end of its decay);
 - weight decay times ``MHCConfig.phi_weight_decay`` for phi, none for alpha and b;
-- AdamW (or what ``--muon-scalar-optimizer`` says) whatever the optimizer of the weights is.
+- AdamW (or what ``--muon-scalar-optimizer`` says) where Muon and its like take the matrices:
+  ``streams.mark`` says of phi what Megatron says of embeddings.
 
 The group is also never merged with another one of the same multipliers: a group that mixes float32
 with half-precision parameters is saved wrongly by the distributed optimizer, which looks its
 members up in their original order but keeps the float32 ones first (distrib_optimizer.py:1097
-reads what :535 reordered), and a checkpoint's groups are told apart by their settings alone
+reads what :488 reordered), and a checkpoint's groups are told apart by their settings alone
 (optimizer.py:139).
 
 Leans on core/optimizer/__init__.py of megatron-core 0.19.2: ``config_overrides`` of
-``get_megatron_optimizer`` and the registry of emerging optimizers.
+``get_megatron_optimizer``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import functools
 
 import torch
 from megatron.core.optimizer import get_standard_config_overrides
-from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import (
     OptimizerConfig,
     ParamKey,
@@ -54,7 +55,6 @@ def connection_overrides(
     if not mhc.enabled:
         return overrides
     overrides = {_without_connections(key): value for key, value in overrides.items()}
-    keep_from_muon()
     for name, matches, decay in (
         ("mhc_phi", is_projection, mhc.phi_weight_decay),
         ("mhc_vectors", lambda p: is_connection(p) and not is_projection(p), 0.0),
@@ -78,18 +78,43 @@ def _without_connections(key: ParamKey) -> ParamKey:
     return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=matches))
 
 
-def keep_from_muon() -> None:
-    """Send the connections to the scalar optimizer in every emerging optimizer that is installed.
+def close_bucket_gaps() -> None:
+    """Make ``--dist-ckpt-optim-fully-reshardable`` right for gradient buffers of several buckets.
 
-    Through the entries' ``default_param_overrides``: ``get_megatron_optimizer`` refuses an
-    ``optimizer`` in ``config_overrides``.
+    Each bucket ends with padding. Megatron 0.19.2 gathers a buffer's state without these gaps
+    (core/optimizer/distrib_optimizer.py:1403) and then looks parameters up at places that count
+    them (:1768): what lies behind the first gap is saved under another parameter's name, silently.
+    Weights of round sizes leave no gap; the connections' vectors do. Once a process.
     """
-    for entry in _EMERGING_OPTIMIZERS.values():
-        if _CONNECTIONS not in entry.default_param_overrides:
-            entry.default_param_overrides[_CONNECTIONS] = {"optimizer": "adam"}
+    own = DistributedOptimizer.sharded_param_state_fully_reshardable
+    if getattr(own, "closes_gaps", False):
+        return
+
+    @functools.wraps(own)
+    def without_gaps(self, *args, **kwargs):
+        places = [buffer.param_index_map for buffer in self.buffers]
+        try:
+            for buffer in self.buffers:
+                buffer.param_index_map = _places_without_gaps(buffer)
+            return own(self, *args, **kwargs)
+        finally:
+            for buffer, place in zip(self.buffers, places, strict=True):
+                buffer.param_index_map = place
+
+    without_gaps.closes_gaps = True
+    DistributedOptimizer.sharded_param_state_fully_reshardable = without_gaps
 
 
-_CONNECTIONS = ParamKey(predicate=ParamPredicate(name="mhc", fn=is_connection))
+def _places_without_gaps(buffer) -> dict[torch.nn.Parameter, tuple[int, int, int]]:
+    """``buffer.param_index_map`` (start, end, bucket) less the padding of the buckets before."""
+    gaps, closed = [], 0
+    for bucket in buffer.buckets:
+        gaps.append(bucket.offset - closed)
+        closed += bucket.numel_unpadded
+    return {
+        parameter: (start - gaps[bucket], end - gaps[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
 
 
 def group_connections(mhc: MHCConfig) -> None:
@@ -98,6 +123,7 @@ def group_connections(mhc: MHCConfig) -> None:
     Wraps ``get_megatron_optimizer_config`` of training/training.py, which makes the optimizer's
     configuration and overrides for ``setup_model_and_optimizer``. Once a process.
     """
+    close_bucket_gaps()
     original = megatron_training.get_megatron_optimizer_config
 
     @functools.wraps(original)

@@ -11,7 +11,6 @@ differs in ``hidden_size`` alone. Nothing is sent twice and no shapes are exchan
 from __future__ import annotations
 
 import functools
-from typing import TypeVar
 
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,10 +19,8 @@ from torch import Tensor, nn
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.streams import enter
 
-Model = TypeVar("Model", nn.Module, list[nn.Module])
 
-
-def widen_pipeline(model: Model, mhc: MHCConfig) -> Model:
+def widen_pipeline[Model: (nn.Module, list[nn.Module])](model: Model, mhc: MHCConfig) -> Model:
     """Let n*C channels travel between the pipeline stages of ``model``; returns ``model``.
 
     Call it once on the chunks of a model, either after they were wrapped for training (a

@@ -6,10 +6,12 @@ sequence- and pipeline-parallel code of Megatron sees an ordinary, wider hidden 
 
 from __future__ import annotations
 
+import math
+
 import torch
-from mhc_kernels.reference import project
 from torch import Tensor, nn
 
+from mhc_kernels.reference import V4_EPS, project
 from mhc_megatron.config import MHCConfig
 
 
@@ -40,12 +42,12 @@ class Exit(nn.Module):
             mhc.exit == "learned",
             mhc.norm_eps,
         )
+        self.weight_eps = V4_EPS if mhc.sinkhorn == "deepseek-v4" else 0.0
         if self.learned:
             options = {"dtype": torch.float32, "device": device}
             self.phi = nn.Parameter(torch.zeros(mhc.n, mhc.n * hidden_size, **options))
             self.alpha = nn.Parameter(torch.full((1,), mhc.alpha, **options))
-            bias = -torch.log(torch.tensor(float(mhc.n - 1)))
-            self.bias = nn.Parameter(torch.full((mhc.n,), bias.item(), **options))
+            self.bias = nn.Parameter(torch.full((mhc.n,), -math.log(mhc.n - 1), **options))
             mark(self, sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,6 +55,7 @@ class Exit(nn.Module):
         if not self.learned:
             return x.mean(dim=-2)
         weights = torch.sigmoid(self.alpha * project(x, self.phi, self.eps) + self.bias)
+        weights = weights + self.weight_eps
         return torch.einsum("...n,...nc->...c", weights, x.float()).to(x.dtype)
 
     def _apply(self, fn, recurse: bool = True):
@@ -84,6 +87,10 @@ def mark(module: nn.Module, sequence_parallel: bool) -> None:
     for name, parameter in module.named_parameters(recurse=False):
         parameter.sequence_parallel = sequence_parallel
         parameter.hyper_connection = name
+        # What keeps a matrix from Muon and its like (core/optimizer/emerging_optimizers.py:130 and
+        # layer_wise_optimizer.py:51); a rate that --decoupled-lr sets for these does not reach the
+        # connections, optimizer.py sees to that.
+        parameter.is_embedding_or_output_parameter = True
 
 
 def is_connection(parameter: nn.Parameter) -> bool:

@@ -30,7 +30,11 @@ from megatron.core.utils import (
 )
 from megatron.training import checkpointing, get_args, get_timers
 from megatron.training import training as megatron_training
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.models import gpt as megatron_gpt
 from megatron.training.models.gpt import (
     GPTModel,
@@ -49,8 +53,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.corpus import check_corpus
 from mhc_megatron.errors import UserError
-from mhc_megatron.half_precision import name_every_parameter
 from mhc_megatron.layer_spec import mhc_layer_spec
 from mhc_megatron.optimizer import group_connections
 from mhc_megatron.pipeline import embedding_ranks, widen_pipeline
@@ -125,7 +129,7 @@ def _layer_spec(config: MHCModelConfig, vp_stage: int | None = None, *, base):
 def _hyper_connected_prediction(mhc: MHCConfig):
     """Connections in the multi-token prediction block too.
 
-    ``GPTModelBuilder.build_model`` (training/models/gpt.py:288) makes its spec from the plain layer
+    ``GPTModelBuilder.build_model`` (training/models/gpt.py:293) makes its spec from the plain layer
     and has no parameter for another one, so the function that it calls is replaced meanwhile.
     """
     plain = megatron_gpt.mtp_block_spec
@@ -148,12 +152,14 @@ def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None
     on a signal, a time limit or ``--exit-interval``.
     """
     skip_dataset_compilation()
-    model_config = gpt_config_from_args(args, model_config_cls=MHCModelConfig)
+    if args.hybrid_layer_pattern is None:
+        model_config = gpt_config_from_args(args, model_config_cls=MHCModelConfig)
+    else:
+        model_config = hybrid_config_from_args(args, model_config_cls=MHCHybridModelConfig)
     model_config.mhc = mhc
     datasets.is_distributed = True
     group_connections(mhc)
     explain_checkpoint_errors(mhc)
-    name_every_parameter()
     megatron_training.pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         datasets,
@@ -190,7 +196,7 @@ def datasets(num_samples: list[int], vp_stage: int | None = None):
     """
     args = get_args()
     config = dataset_config(args)
-    check_data(config, args.padded_vocab_size)
+    check_data(config, args.padded_vocab_size, num_samples)
     build = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
         num_samples,
@@ -230,12 +236,21 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
     )
 
 
-def check_data(config: GPTDatasetConfig, padded_vocab_size: int) -> None:
+def check_data(
+    config: GPTDatasetConfig, padded_vocab_size: int, num_samples: list[int]
+) -> None:
     """Look at every indexed file once, before Megatron builds anything on it."""
-    from mhc_megatron.corpus import check_corpus
-
+    splits = [
+        bounds if samples else None
+        for bounds, samples in zip(config.split_matrix or (), num_samples)
+    ]
     for prefix in _prefixes(config):
-        check_corpus(prefix, sequence_length=config.sequence_length, vocab_size=padded_vocab_size)
+        check_corpus(
+            prefix,
+            sequence_length=config.sequence_length,
+            vocab_size=padded_vocab_size,
+            splits=splits,
+        )
 
 
 def _prefixes(config: GPTDatasetConfig) -> list[str]:
@@ -345,6 +360,26 @@ def check_arguments(args: Namespace) -> None:
         )
     if not args.mock_data and get_blend_and_blend_per_split(args) == (None, None):
         raise UserError("no data: set data-path, or mock-data: true.")
+    half = args.bf16 or args.fp16
+    if half and MHCConfig(**args.mhc).enabled and not args.use_distributed_optimizer:
+        # core/optimizer/optimizer.py:1138 numbers the half-precision parameters alone, where the
+        # state that it saves numbers all of them.
+        raise UserError(
+            "Megatron's plain half-precision optimizer cannot save the connections' float32 "
+            "parameters; set use-distributed-optimizer: true (it works on one GPU as well)."
+        )
+    tied = not args.untie_embeddings_and_output_weights
+    if args.mtp_num_layers and args.pipeline_model_parallel_size > 1 and tied:
+        # models/common/language_module/language_module.py:497 fails on every such save and load.
+        raise UserError(
+            "mtp-num-layers over several pipeline stages: Megatron 0.19.2 cannot save tied "
+            "embeddings then; set untie-embeddings-and-output-weights: true."
+        )
+    if args.hybrid_layer_pattern is not None and args.transformer_impl == "local" and not args.spec:
+        raise UserError(
+            "hybrid-layer-pattern: Megatron's own hybrid layers need Transformer Engine; give spec "
+            "a stack of others."
+        )
 
 
 def explain_checkpoint_errors(mhc: MHCConfig) -> None:
@@ -367,7 +402,7 @@ def explain_checkpoint_errors(mhc: MHCConfig) -> None:
 
     def compared(checkpoint_args, *args, **kwargs):
         was = getattr(checkpoint_args, "mhc", None) or {"variant": "none"}
-        for key in ("variant", "n", "exit", "sinkhorn_iterations"):
+        for key in ("variant", "n", "exit", "sinkhorn", "sinkhorn_iterations"):
             now = getattr(mhc, key)
             if key in was and was[key] != now:
                 raise UserError(

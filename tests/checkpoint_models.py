@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -80,50 +79,12 @@ def hf_logits(model, ids: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------------- Megatron
 
 
-def start_megatron() -> None:
-    """One process, one rank, on the CPU."""
-    from mhc_megatron import cpu
-
-    if not torch.cuda.is_available() and not cpu.enabled():
-        cpu.enable()
-    _latent_attention_on_cpu()
-    from megatron.core import parallel_state, tensor_parallel
-
-    if not torch.distributed.is_initialized():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1
-        )
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(1)
-
-
-def _latent_attention_on_cpu() -> None:
-    """0.19.2's eager attention (transformer/dot_product_attention.py:43) lacks the two arguments
-    that latent attention gives (multi_latent_attention.py:214); Transformer Engine's has them."""
-    from megatron.core.transformer.dot_product_attention import DotProductAttention as Attention
-
-    if getattr(Attention, "takes_channels", False):
-        return
-    init = Attention.__init__
-
-    def patched(self, *args, k_channels=None, v_channels=None, **kwargs):
-        init(self, *args, **kwargs)
-        if v_channels is not None:
-            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
-
-    Attention.__init__, Attention.takes_channels = patched, True
-
-
 def megatron_args(folder: Path, mhc=None, **changes):
     """Megatron's parsed arguments for a converted checkpoint's model.yaml."""
-    from launch import pretrain, settings
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.training.global_vars import destroy_global_vars
 
+    from launch import pretrain, settings
     from mhc_megatron import cpu
 
     with contextlib.suppress(KeyError):
@@ -146,7 +107,7 @@ def megatron_args(folder: Path, mhc=None, **changes):
     argv, sys.argv = sys.argv, sys.argv[:1]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            args = pretrain._parse(values)
+            args = settings.parse(values)
     finally:
         sys.argv = argv
         destroy_global_vars()
@@ -157,7 +118,6 @@ def megatron_args(folder: Path, mhc=None, **changes):
 
 def megatron_model(folder: Path, mhc=None, **changes):
     """The model of a converted checkpoint, built by the run's own builder, weights loaded."""
-    start_megatron()
     from megatron.core import dist_checkpointing
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args
@@ -174,7 +134,9 @@ def megatron_model(folder: Path, mhc=None, **changes):
     metadata = dist_checkpointing.load_content_metadata(path) or {}
     metadata["dp_cp_group"] = groups.dp_cp
     state = dist_checkpointing.load(
-        {"model": model.sharded_state_dict(metadata=metadata)}, path, validate_access_integrity=False
+        {"model": model.sharded_state_dict(metadata=metadata)},
+        path,
+        validate_access_integrity=False,
     )
     model.load_state_dict(state["model"])
     return model.eval()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mhc_megatron.config import MHCConfig
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
@@ -20,6 +21,7 @@ def model(kind: str, **mhc):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
+
     from mhc_megatron.layer_spec import mhc_layer_spec
 
     options = {
@@ -61,7 +63,8 @@ def test_decoding_with_a_cache_gives_the_full_logits(kind: str, variant: str) ->
     from megatron.core.inference.utils import InferenceMode
 
     gpt = model(kind, variant=variant, exit="learned" if variant == "mhc" else "mean")
-    tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(6))
+    generator = torch.Generator().manual_seed(6)
+    tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator)
     positions = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
     full = gpt(tokens, positions, None)
 

@@ -1,25 +1,23 @@
 """launch/pretrain.py from end to end, on the CPU: learning, stopping, resuming, refusing.
 
-A run is a forked child of this process, so that Megatron is imported once.
+A run is a process of its own, forked from one that has imported Megatron already.
 """
 
 import json
-import multiprocessing.util
+import multiprocessing
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pretrain_job
 import pytest
 import torch
 from tools.corpus.prepare import Options, corpus_of, prepare
 from tools.corpus.sources import Reading
-
-ROOT = Path(__file__).parents[1]
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="checks the CPU mode; this is a GPU machine"),
@@ -80,32 +78,21 @@ def config(corpus, tmp_path_factory) -> str:
     return str(path)
 
 
-def launch(argv: list[str], output: Path, watch: Callable[[int, str], None] | None = None) -> int:
-    """Run launch/pretrain.py in a forked child; its exit code. ``watch`` sees pid and output."""
-    import launch.pretrain
-    import mhc_megatron.training  # noqa: F401  imported once, before the fork
+#: Its server starts afresh, imports Megatron once, and forks a child for each run.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pretrain_job"])
 
+
+def launch(argv: list[str], output: Path, watch: Callable[[int, str], None] | None = None) -> int:
+    """Run launch/pretrain.py; its exit code. ``watch`` sees its process number and output."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(fd, 1)
-        os.dup2(fd, 2)
-        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-        sys.argv = ["launch/pretrain.py"]
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        code = launch.pretrain.main(argv)
-        multiprocessing.util._exit_function()  # Megatron's writers have a manager process
-        os._exit(code)
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if watch is not None:
-            watch(pid, output.read_text() if output.exists() else "")
-        time.sleep(0.02)
+    process = CONTEXT.Process(target=pretrain_job.run, args=(argv, str(output)))
+    process.start()
+    while process.is_alive():
+        if watch is not None and output.exists():
+            watch(process.pid, output.read_text())
+        process.join(0.02)
+    return process.exitcode
 
 
 def arguments(config: str, run: Path, *changes: str) -> list[str]:
@@ -183,19 +170,21 @@ def test_stopped_and_resumed_is_never_stopped_to_the_bit(sent, config, whole_run
     assert not different
 
 
-@pytest.mark.parametrize("distributed", [False, True])
-def test_bf16_resumes_to_the_bit(distributed, config, tmp_path):
-    """Float32 connections in a bf16 model, with Megatron's plain and its distributed optimizer."""
-    half = ["bf16=true", f"use-distributed-optimizer={str(distributed).lower()}"]
+def test_bf16_resumes_to_the_bit(config, tmp_path):
+    """Float32 connections in a bf16 model."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert launch(arguments(config, whole, *half), tmp_path / "out") == 0
-    assert launch(arguments(config, run, *half, "exit-interval=6"), tmp_path / "out") == 0
-    assert launch(arguments(config, run, *half), tmp_path / "out") == 0
+    assert launch(arguments(config, whole, "bf16=true"), tmp_path / "out") == 0
+    assert launch(arguments(config, run, "bf16=true", "exit-interval=6"), tmp_path / "out") == 0
+    assert launch(arguments(config, run, "bf16=true"), tmp_path / "out") == 0
     assert records(run, "resume")[-1]["iteration"] == 6
     ours, theirs = weights(run), weights(whole)
-    assert ours.keys() == theirs.keys()
-    assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
-    assert all(value.dtype == torch.float32 for key, value in ours.items() if "_hc." in key)
+    # The optimizer's flat buffers end in padding that nobody writes.
+    names = [key for key in theirs if not key.startswith("optimizer.")]
+    assert len(names) > 10 and all(torch.equal(ours[name], theirs[name]) for name in names)
+    assert all(theirs[name].dtype == torch.float32 for name in names if "_hc." in name)
+    for key in ("loss", "grad_norm"):
+        seen = [[r[key] for r in records(folder, "train")] for folder in (run, whole)]
+        assert seen[0] == seen[1]
 
 
 def test_plain_residuals_through_the_same_entry(config, tmp_path):
@@ -223,9 +212,14 @@ BAD = {
     "heads do not divide": (["num-attention-heads=5"], "contradictory settings"),
     "iterations and samples": (["train-samples=100"], "contradictory settings"),
     "warmup too long": (["lr-warmup-iters=12"], "must be smaller than train-iters (12)"),
+    "optimizer that cannot save": (
+        ["bf16=true", "use-distributed-optimizer=false"],
+        "set use-distributed-optimizer",
+    ),
     "missing corpus": (["data-path=[no/such]"], "no/such.bin does not exist"),
     "no data at all": (["data-path=null"], "no data: set data-path"),
     "vocabulary too large": (["vocab-size=100"], "a vocabulary of 257, larger than the model's 100"),
+    "split without a document": (["split=99,1,0"], "none falls to the validation set"),
     "sequence longer than data": (
         ["seq-length=100000", "max-position-embeddings=100000"],
         "fewer than one sequence",

@@ -29,6 +29,7 @@ for _path in (_ROOT / "kernels", _ROOT):
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch  # noqa: E402
+
 from mhc_megatron.checkpoint import convert  # noqa: E402
 from mhc_megatron.errors import UserError  # noqa: E402
 
@@ -145,7 +146,10 @@ def _add_export_hf(commands) -> None:
     sub = _command(commands, "export-hf", export_hf, "torch_dist -> Hugging Face safetensors")
     _dtype(sub, *DTYPES)
     sub.add_argument(
-        "--hf-config", type=Path, metavar="DIR", help="folder with config.json and tokenizer to keep"
+        "--hf-config",
+        type=Path,
+        metavar="DIR",
+        help="folder with config.json and tokenizer to keep",
     )
     sub.add_argument("--vocab-size", type=int, help="rows of the embedding that are not padding")
 
@@ -164,7 +168,196 @@ def export_hf(options: argparse.Namespace) -> None:
     _write(plan, options)
 
 
-COMMANDS = [_add_import_hf, _add_export_hf]
+def _mhc_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the configuration's mhc part, e.g. n=4 or exit=learned; may be repeated",
+    )
+
+
+def _mhc(options: argparse.Namespace):
+    from mhc_megatron.config import MHCConfig
+
+    values = {}
+    for change in options.set:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise UserError(f"--set takes key=value, not {change!r}.")
+        values[key] = _number(text)
+    return MHCConfig.from_mapping(values)
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _add_upcycle(commands) -> None:
+    sub = _command(commands, "upcycle", upcycle, "residual torch_dist -> mHC, the same function")
+    _mhc_options(sub)
+    sub.add_argument(
+        "--symmetry",
+        choices=("rotate", "none"),
+        default="rotate",
+        help="how the streams are made to part (checkpoint/upcycle.py)",
+    )
+    sub.add_argument(
+        "--drop-optimizer", action="store_true", help="weights only: the start of a new run"
+    )
+
+
+def upcycle(options: argparse.Namespace) -> None:
+    """``upcycle``."""
+    from mhc_megatron.checkpoint.upcycle import upcycle_plan
+
+    convert.check_target(options.out)
+    plan = upcycle_plan(
+        options.source,
+        _mhc(options),
+        symmetry=options.symmetry,
+        drop_optimizer=options.drop_optimizer,
+    )
+    _write(plan, options)
+
+
+def _add_deepseek(commands) -> None:
+    sub = _command(
+        commands,
+        "import-deepseek-v4",
+        import_deepseek,
+        "connections in DeepSeek-V4's layout (safetensors), laid over a torch_dist checkpoint",
+    )
+    sub.add_argument(
+        "--base", type=Path, required=True, metavar="DIR", help="torch_dist checkpoint of the rest"
+    )
+    sub = _command(
+        commands,
+        "export-deepseek-v4",
+        export_deepseek,
+        "connections of a torch_dist checkpoint -> DeepSeek-V4's layout (safetensors)",
+    )
+    sub.add_argument(
+        "--names",
+        choices=("deepseek-v4", "transformers"),
+        default="deepseek-v4",
+        help="names of DeepSeek's checkpoints or of transformers' modules",
+    )
+
+
+def import_deepseek(options: argparse.Namespace) -> None:
+    """``import-deepseek-v4``."""
+    from mhc_megatron.checkpoint.layouts import import_deepseek_plan
+
+    convert.check_target(options.out)
+    _write(import_deepseek_plan(options.source, options.base), options)
+
+
+def export_deepseek(options: argparse.Namespace) -> None:
+    """``export-deepseek-v4``."""
+    from mhc_megatron.checkpoint.layouts import export_deepseek_plan
+
+    convert.check_target(options.out)
+    _write(export_deepseek_plan(options.source, options.names), options)
+
+
+def _add_megatron(commands) -> None:
+    for name, direction in (("import-megatron", "->"), ("export-megatron", "<-")):
+        sub = _command(
+            commands, name, megatron, f"Megatron-LM's own names of the connections {direction} ours"
+        )
+        sub.add_argument("--layout", choices=("main", "dev"), required=True, help="its branch")
+        sub.set_defaults(export=name.startswith("export"))
+
+
+def megatron(options: argparse.Namespace) -> None:
+    """``import-megatron`` and ``export-megatron``."""
+    from mhc_megatron.checkpoint.layouts import megatron_plan
+
+    convert.check_target(options.out)
+    layout = f"megatron-{options.layout}"
+    _write(megatron_plan(options.source, layout, export=options.export), options)
+
+
+def _add_average(commands) -> None:
+    sub = _command(commands, "average", average, "weighted mean of checkpoints", output=False)
+    sub.add_argument("sources", type=Path, nargs="+", help="folders to read")
+    sub.add_argument("--out", type=Path, required=True, help="folder to make")
+    sub.add_argument("--weights", type=float, nargs="+", help="one for each, with sum 1")
+    _running(sub)
+
+
+def average(options: argparse.Namespace) -> None:
+    """``average``."""
+    from mhc_megatron.checkpoint.average import average_plan
+
+    convert.check_target(options.out)
+    _write(average_plan(options.sources, options.weights), options)
+
+
+def _add_looking(commands) -> None:
+    sub = _command(commands, "inspect", inspect, "what is in a checkpoint", output=False)
+    sub.add_argument("source", type=Path)
+    sub.add_argument("--all", action="store_true", help="list every tensor")
+    sub.add_argument("--json", action="store_true", help="as JSON")
+    sub = _command(commands, "diff", diff, "how two checkpoints differ (exit 1)", output=False)
+    sub.add_argument("first", type=Path)
+    sub.add_argument("second", type=Path)
+    sub = _command(commands, "verify", verify, "whether a checkpoint is whole", output=False)
+    sub.add_argument("source", type=Path)
+    sub.add_argument("--record", action="store_true", help="write checksums.json after the check")
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """``inspect``."""
+    import json
+
+    from mhc_megatron.checkpoint import inspection
+
+    about = inspection.inspect(options.source)
+    print(json.dumps(about, indent=1) if options.json else inspection.describe(about, options.all))
+
+
+def diff(options: argparse.Namespace) -> int:
+    """``diff``; 1 where the checkpoints differ."""
+    from mhc_megatron.checkpoint import inspection
+
+    count = 0
+    for found in inspection.diff(options.first, options.second):
+        print(f"{found.name}: {found.said}")
+        count += 1
+    print(f"{count} tensors differ" if count else "no tensor differs")
+    return 1 if count else 0
+
+
+def verify(options: argparse.Namespace) -> None:
+    """``verify``."""
+    from mhc_megatron.checkpoint import inspection
+    from mhc_megatron.checkpoint.torch_dist import is_torch_dist, resolve
+
+    counts = inspection.verify(options.source)
+    if options.record:
+        folder = options.source
+        convert.write_checksums(resolve(folder) if is_torch_dist(folder) else folder)
+    checked = f"{counts['files']} files by checksum, " if counts["files"] else ""
+    print(f"{options.source} is whole: {checked}{counts['tensors']} tensors read")
+
+
+COMMANDS = [
+    _add_import_hf,
+    _add_export_hf,
+    _add_upcycle,
+    _add_deepseek,
+    _add_megatron,
+    _add_average,
+    _add_looking,
+]
 
 if __name__ == "__main__":
     sys.exit(main())

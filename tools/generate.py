@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=100, metavar="N", help="at most this many; default 100")
     add("--step", type=int, metavar="N", help="the checkpoint of this step; default: the latest")
     add("--temperature", type=float, metavar="T",
-        help="0 takes the most probable token (the default, unless --top-k or --top-p is given)")  # fmt: skip
+        help="0 takes the most probable token; default: 0, 1 with --top-k or --top-p")  # fmt: skip
     add("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable tokens")
     add("--top-p", type=float, default=1.0, metavar="P",
         help="draw from the fewest tokens that together have probability P")  # fmt: skip

@@ -120,7 +120,7 @@ def arguments_of(settings: Settings, gpus: int | None) -> argparse.Namespace:
         from mhc_megatron import cpu
 
         values = dict(settings.megatron)
-        if not torch.cuda.is_available():
+        if cpu.enabled() or not torch.cuda.is_available():
             cpu.enable()
             values |= cpu.ARGUMENTS
         args = parse(values)
@@ -164,7 +164,8 @@ def _head(plan: dict[str, Any]) -> str:
     )
     return (
         f"{plan['name']}: mhc {mhc['variant']}, n = {mhc['n']}\n"
-        f"{layout['gpus']} GPUs: {sizes or 'one'}; {layout['microbatches']} microbatches, "
+        f"{layout['gpus']} {'GPU' if layout['gpus'] == 1 else 'GPUs'}: {sizes or 'one'}; "
+        f"{layout['microbatches']} microbatches, "
         f"{layout['tokens_per_step']:,} tokens a step"
     )
 
@@ -222,10 +223,10 @@ def _stages(plan: dict[str, Any]) -> str:
         [
             "one GPU of each pipeline stage, GiB",
             *(f"  {line}" for line in lines),
-            "  'together' is weights, gradients and optimizer; 'width C' to 'recomputed' is the",
-            "  residual stream alone, of all microbatches in flight: stored before each sublayer at",
-            "  width C, at width n*C, and with Eq. (20)'s blocks of L_r sublayers. Activations within",
-            "  attention, MLP and experts come on top.",
+            "  'together' is weights, gradients and optimizer. 'width C' to 'recomputed' is the",
+            "  residual stream alone, of all microbatches in flight: stored before each sublayer",
+            "  at width C, at width n*C, and with Eq. (20)'s blocks of L_r sublayers. Activations",
+            "  within attention, MLP and experts come on top.",
         ]
     )
 

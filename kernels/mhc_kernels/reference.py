@@ -35,6 +35,9 @@ K depends on the variant of H_res (``VARIANTS``):
 - ``hc``: n*n rows; the unconstrained connection that mHC's paper compares with, Eq. (5):
   H = alpha * tanh(v phi^T) + b for all three parts (Hyper-Connections, arXiv 2409.19606).
 
+``sinkhorn_kind="deepseek-v4"`` is DeepSeek-V4's arithmetic of the ``mhc`` variant: its Sinkhorn
+(``sinkhorn_deepseek_v4``) and H_pre = sigmoid(logits_pre) + 1e-6.
+
 Everything here runs in the dtype of its inputs, except that half-precision streams are read as
 float32 (the coefficients are float32 whatever x is); float64 stays float64, which is what
 ``torch.autograd.gradcheck`` and the error columns of the benches use.
@@ -49,11 +52,14 @@ import torch
 from torch import Tensor
 
 VARIANTS = ("mhc", "identity", "birkhoff", "hc")
+SINKHORNS = ("paper", "deepseek-v4")
 
 #: RMSNorm epsilon of the paper's models (added to the mean square).
 NORM_EPS = 1e-20
 #: Sinkhorn-Knopp iterations of the paper.
 ITERATIONS = 20
+#: DeepSeek-V4's hc_eps: in every denominator, and added to H_pre and to the head's weights.
+V4_EPS = 1e-6
 
 
 def res_rows(n: int, variant: str) -> int:
@@ -93,6 +99,21 @@ def sinkhorn(logits: Tensor, iterations: int = ITERATIONS) -> Tensor:
     return m
 
 
+def sinkhorn_deepseek_v4(logits: Tensor, iterations: int = ITERATIONS) -> Tensor:
+    """DeepSeek-V4's Sinkhorn (arXiv 2606.19348; transformers, models/deepseek_v4), [..., n, n].
+
+    The first row step is a softmax, and V4_EPS is added to it and to every denominator. V4 works on
+    ``comb``, which it applies transposed (sum_j comb[j, k] x[j]); ``logits`` and the result are
+    H_res[o, i] here, so its rows are these columns. Ends with the rows, as ``sinkhorn`` does.
+    """
+    m = torch.softmax(logits, dim=-2) + V4_EPS
+    m = m / (m.sum(dim=-1, keepdim=True) + V4_EPS)
+    for _ in range(iterations - 1):
+        m = m / (m.sum(dim=-2, keepdim=True) + V4_EPS)
+        m = m / (m.sum(dim=-1, keepdim=True) + V4_EPS)
+    return m
+
+
 def permutations(n: int, device=None, dtype=None) -> Tensor:
     """[n!, n, n]: the permutation matrices of n in lexicographic order (the first is I)."""
     eye = torch.eye(n, device=device, dtype=dtype)
@@ -124,6 +145,7 @@ def coefficients(
     variant: str = "mhc",
     iterations: int = ITERATIONS,
     eps: float = NORM_EPS,
+    sinkhorn_kind: str = "paper",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """H_pre [..., n], H_post [..., n], H_res [..., n, n] (None: identity), Eq. (5) or (7)-(9)."""
     n, dtype = x.shape[-2], _wide(x).dtype
@@ -141,7 +163,10 @@ def coefficients(
         return H_pre, H_post, None
     if variant == "birkhoff":
         return H_pre, H_post, birkhoff(res, n)
-    return H_pre, H_post, sinkhorn(res.unflatten(-1, (n, n)), iterations)
+    res = res.unflatten(-1, (n, n))
+    if sinkhorn_kind == "deepseek-v4":
+        return H_pre + V4_EPS, H_post, sinkhorn_deepseek_v4(res, iterations)
+    return H_pre, H_post, sinkhorn(res, iterations)
 
 
 def mhc_pre(
@@ -155,6 +180,7 @@ def mhc_pre(
     eps: float = NORM_EPS,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
+    sinkhorn_kind: str = "paper",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """F_pre: coefficients and u = H_pre x.
 
@@ -162,7 +188,14 @@ def mhc_pre(
     ``norm_weight`` [C], u is RMSNorm(H_pre x) * norm_weight, the sublayer's own input norm.
     """
     H_pre, H_post, H_res = coefficients(
-        x, phi, alpha, bias, variant=variant, iterations=iterations, eps=eps
+        x,
+        phi,
+        alpha,
+        bias,
+        variant=variant,
+        iterations=iterations,
+        eps=eps,
+        sinkhorn_kind=sinkhorn_kind,
     )
     u = torch.einsum("...n,...nc->...c", H_pre, _wide(x))
     if norm_weight is not None:

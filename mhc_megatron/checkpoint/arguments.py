@@ -75,6 +75,18 @@ REQUIRED: dict[str, Any] = {
     "rope_interleave": True,
     "norm_topk_prob": True,
 }
+#: Megatron's settings that the exported classes do not have, with a value that has no effect.
+UNSUPPORTED: dict[str, Any] = {
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
+    "window_size": None,
+    "qk_l2_norm": False,
+    "softmax_type": "vanilla",
+    "rotary_seq_len_interpolation_factor": 1,
+    "moe_shared_expert_gate": False,
+    "moe_latent_size": None,
+    "use_mup": False,
+}
 #: Where an argument's attribute is not its name.
 DESTINATIONS = {"norm-epsilon": "layernorm_epsilon"}
 ARCHITECTURES = {
@@ -98,7 +110,9 @@ def megatron_values(config: dict[str, Any]) -> dict[str, Any]:
         if config.get(key, wanted) not in (wanted, None):
             raise UserError(f"{key}: {config[key]} is not supported; only {wanted} is.")
     if config.get("attention_bias") and family != "qwen2":
-        raise UserError("attention_bias: true is not supported: Megatron has no bias on q, k, v, o.")
+        raise UserError(
+            "attention_bias: true is not supported: Megatron has no bias on q, k, v, o."
+        )
     values = {**ALWAYS, **_named(SAME, config)}
     values["untie-embeddings-and-output-weights"] = not config.get("tie_word_embeddings", False)
     values |= _rope(config, latent=family == "deepseek_v3")
@@ -164,7 +178,7 @@ def _rope(config: dict[str, Any], latent: bool) -> dict[str, Any]:
 
 
 def namespace(values: dict[str, Any], mhc: MHCConfig | None = None) -> Namespace:
-    """What Megatron's trainer keeps of its arguments in a checkpoint, as far as a model needs it."""
+    """Megatron's arguments as its trainer stores them, as far as a model needs them."""
     args = Namespace(
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
@@ -225,6 +239,9 @@ def family_of(args: Namespace) -> str:
             raise UserError(f"{name}: {value} is not supported; only {wanted} is.")
     if not getattr(args, "disable_bias_linear", True) or getattr(args, "add_bias_linear", False):
         raise UserError("linear layers with a bias are not supported (disable-bias-linear).")
+    for name, wanted in UNSUPPORTED.items():
+        if getattr(args, name, None) not in (None, False, wanted):
+            raise UserError(f"{name}: {getattr(args, name)} is not supported by export-hf.")
     if getattr(args, "rotary_percent", 1.0) != 1.0 or getattr(args, "rotary_interleaved", False):
         raise UserError("rotary-percent below 1 and rotary-interleaved are not supported.")
     if getattr(args, "multi_latent_attention", False):
@@ -262,10 +279,28 @@ def hf_config(args: Namespace, vocab: int, base: dict[str, Any] | None = None) -
     config["num_nextn_predict_layers"] = 0
     config["first_k_dense_replace"] = (moe_layers(args) + [1]).index(1)
     if sum(moe_layers(args)):
+        _check_routing(args)
         config |= {name: _get(args, key) for key, name in EXPERTS.items()}
+        for name in ("n_group", "topk_group", "routed_scaling_factor"):
+            config[name] = config[name] or 1
+        _check_groups(config)
         shared = getattr(args, "moe_shared_expert_intermediate_size", None) or 0
         config["n_shared_experts"] = shared // args.moe_ffn_hidden_size
     return config
+
+
+def _check_routing(args: Namespace) -> None:
+    """DeepSeek-V3 routes by sigmoids with a bias for each expert.
+
+    Raises:
+        UserError: another routing.
+    """
+    for name, wanted in (
+        ("moe_router_score_function", "sigmoid"),
+        ("moe_router_enable_expert_bias", True),
+    ):
+        if getattr(args, name, wanted) != wanted:
+            raise UserError(f"{name}: {getattr(args, name)} is not supported; only {wanted} is.")
 
 
 def _rope_parameters(args: Namespace, latent: bool) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from argparse import Namespace
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import torch
 import yaml
 
 from mhc_megatron.checkpoint import arguments, torch_dist
+from mhc_megatron.checkpoint.connections import EXIT, OURS
 from mhc_megatron.checkpoint.convert import Plan
 from mhc_megatron.checkpoint.names import EXTRA_STATES, FAMILIES, IGNORED, Rule
 from mhc_megatron.checkpoint.recipes import FP8_BLOCK, Output, Recipe, Region, TensorInfo
@@ -47,6 +47,8 @@ CONTENT = {
     "chained_optim_avoid_prefix": True,
 }
 SCALE = "_scale_inv"
+#: The file that an mHC model is loaded with.
+MODELING = "modeling_mhc.py"
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,7 @@ def _piece(rule: Rule, layer: int | None, expert: int | None, words: dict[str, A
     hf = tuple(
         (name.format(**at), tuple(words[word] for word in shape.split())) for name, shape in rule.hf
     )
-    return Piece(
-        rule, rule.megatron.format(**at), rule.local.format(**at), hf, layer, expert
-    )
+    return Piece(rule, rule.megatron.format(**at), rule.local.format(**at), hf, layer, expert)
 
 
 # ---------------------------------------------------------------------------------------- import
@@ -138,6 +138,7 @@ def import_plan(
     dtypes = {output.dtype for output in outputs if len(output.shape) > 1}
     args.params_dtype = min(dtypes, key=lambda d: d.itemsize)
     args.bf16 = values["bf16"] = args.params_dtype == torch.bfloat16
+    args.fp16 = values["fp16"] = args.params_dtype == torch.float16
     return Plan(
         "torch_dist",
         [path],
@@ -291,19 +292,27 @@ def export_plan(
     hf_config: Path | None = None,
     vocab_size: int | None = None,
 ) -> Plan:
-    """The plan of ``export-hf`` of a residual model.
+    """The plan of ``export-hf``.
+
+    An mHC model takes its modeling file along: ``AutoModelForCausalLM.from_pretrained`` loads the
+    folder with ``trust_remote_code=True``.
 
     Raises:
-        UserError: unsupported settings; an mHC model; names or shapes that do not fit.
+        UserError: unsupported settings; names or shapes that do not fit.
     """
     source = TorchDistSource(path)
     args = source.args
     texts = model_texts(path, source.path, hf_config)
     base = json.loads(texts["config.json"]) if "config.json" in texts else None
     vocab = exported_vocab(source, vocab_size, base)
-    outputs, dropped = export_outputs(source, args, vocab, dtype)
-    refuse_connections(source, dropped)
+    outputs, left = export_outputs(source, args, vocab, dtype)
     config = arguments.hf_config(args, vocab, base)
+    mhc = MHCConfig.from_mapping(getattr(args, "mhc", None) or {"variant": "none"})
+    if mhc.enabled:
+        outputs += connection_outputs(source, mhc, left)
+        config |= mhc_config(config["model_type"], mhc)
+        texts[MODELING] = (Path(__file__).parent / MODELING).read_text(encoding="utf-8")
+    refuse_connections(source, left)
     config["dtype"] = _dtype_name(outputs)
     if dtype == torch.float8_e4m3fn:
         config["quantization_config"] = {
@@ -361,6 +370,55 @@ def export_outputs(
     for piece in wanted:
         outputs += _exported(piece, *found[piece.megatron], words, dtype)
     return outputs, list(modules)
+
+
+def connection_outputs(source: TorchDistSource, mhc: MHCConfig, left: list[str]) -> list[Output]:
+    """The connections under the modeling file's names; they are taken out of ``left``."""
+    modules, outputs = source.modules(), []
+    width = mhc.n * source.args.hidden_size
+    exit_shapes = dict(zip(EXIT, ((mhc.n, width), (1,), (mhc.n,)), strict=True))
+    shapes = {OURS.phi: (mhc.K, width), OURS.alpha[0]: (mhc.alphas,), OURS.bias: (mhc.K,)}
+    names = {
+        OURS.layer.format(l=layer) + module + suffix: (
+            f"model.layers.{layer}.{module}{suffix}",
+            shape,
+        )
+        for layer in range(source.args.num_layers)
+        for module in (OURS.attn, OURS.mlp)
+        for suffix, shape in shapes.items()
+    }
+    if mhc.exit == "learned":
+        names |= {n: (f"model.exit.{n.rpartition('.')[2]}", s) for n, s in exit_shapes.items()}
+    for name, (hf, shape) in names.items():
+        if name not in left:
+            raise UserError(
+                f"{source.path} is said to be an mHC checkpoint (args.mhc), and {name} is missing."
+            )
+        left.remove(name)
+        region, info = modules[name]
+        if info.shape != shape:
+            raise UserError(
+                f"{name} has shape {list(info.shape)}; the settings make it {list(shape)}."
+            )
+        outputs.append(Output(hf, shape, torch.float32, Recipe("copy", (region,))))
+    return outputs
+
+
+def mhc_config(family: str, mhc: MHCConfig) -> dict[str, Any]:
+    """What the config of an mHC model has besides its base's."""
+    stem = arguments.ARCHITECTURES[family].removesuffix("ForCausalLM")
+    model, config = f"MHC{stem}ForCausalLM", f"MHC{stem}Config"
+    module = MODELING.removesuffix(".py")
+    keys = ("variant", "n", "sinkhorn", "sinkhorn_iterations", "norm_eps", "exit")
+    return {
+        "model_type": f"mhc_{family}",
+        "architectures": [model],
+        "auto_map": {
+            "AutoConfig": f"{module}.{config}",
+            "AutoModelForCausalLM": f"{module}.{model}",
+        },
+        "mhc": {key: getattr(mhc, key) for key in keys},
+    }
 
 
 def refuse_connections(source: TorchDistSource, left: list[str]) -> None:
@@ -422,10 +480,5 @@ def cast_output(
 
 
 def _dtype_name(outputs: list[Output]) -> str:
-    sizes: dict[torch.dtype, int] = {}
-    for output in outputs:
-        sizes[output.dtype] = sizes.get(output.dtype, 0) + output.nbytes
-    largest = max(sizes, key=lambda d: sizes[d])
-    return {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(
-        largest, "bfloat16" if largest == torch.float8_e4m3fn else "float32"
-    )
+    """The dtype in which a model is to be loaded: its embedding's."""
+    return str(outputs[0].dtype).removeprefix("torch.")

@@ -1,12 +1,11 @@
 """Tensor names: Hugging Face's and Megatron's, as tables.
 
 A ``Rule`` is one Megatron tensor and what it is made of. ``{l}`` is the layer's number, ``{e}`` the
-expert's. Shapes are written in the words of ``arguments.dimensions``: ``"q hidden"`` is [q, hidden].
+expert's. Shapes are in the words of ``arguments.dimensions``: ``"q hidden"`` is [q, hidden].
 
 Megatron's names are those of ``torch_dist.TorchDistSource.modules``. Two differ between its layer
 specs (models/gpt/gpt_layer_specs.py): a norm that Transformer Engine fuses into the linear after it
-is ``<linear>.layer_norm_weight`` there; the local spec has the norm's own name (``local``), which it
-stores under the fused name for models without latent attention (``sharded_state_dict_keys_map``).
+is ``<linear>.layer_norm_weight`` there; the local spec has the norm's own name (``local``), stored under the fused name for models without latent attention (``sharded_state_dict_keys_map``).
 Both are read, the one of the chosen ``transformer-impl`` is written.
 """
 

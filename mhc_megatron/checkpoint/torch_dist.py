@@ -69,7 +69,9 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         if (path / name / ".metadata").exists():
             return path / name
         raise UserError(f"{path}: {TRACKER} names {name}, which has no .metadata.")
-    raise UserError(f"{path} is not a torch_dist checkpoint: it has neither .metadata nor {TRACKER}.")
+    raise UserError(
+        f"{path} is not a torch_dist checkpoint: it has neither .metadata nor {TRACKER}."
+    )
 
 
 def is_torch_dist(path: str | os.PathLike[str]) -> bool:
@@ -305,6 +307,15 @@ def stacked_layers(source: TorchDistSource) -> int:
         if key.startswith("decoder.layers.") and _LAYERS.fullmatch(key):
             return info.shape[0]
     return 0
+
+
+def place(
+    name: str, layer: int, shape: tuple[int, ...], layers: int, stacked: bool
+) -> tuple[str, tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Stored name, offset and size of a layer's tensor; ``name`` has ``{l}`` for its number."""
+    if not stacked:
+        return name.format(l=layer), None, None
+    return name.replace("{l}.", ""), (layer,) + (0,) * len(shape), (layers, *shape)
 
 
 def read_metadata(path: Path) -> Metadata:

@@ -2,8 +2,8 @@
 
 ``Cluster`` starts one server process that imports torch and Megatron once. For every job the server
 forks a process for each rank; they meet over gloo, run the job's function and send its result back.
-A fork takes milliseconds where an import takes seconds, and no job can leave anything behind for the
-next one.
+A fork takes milliseconds where an import takes seconds, and no job can leave anything behind for
+the next one.
 
     with Cluster() as cluster:
         results = cluster.run("tests.distributed.job:train", world=4, job={...})    # one per rank
@@ -101,6 +101,7 @@ def _serve() -> None:
 
 def _import_everything() -> None:
     import torch
+
     from mhc_megatron import cpu
 
     torch.set_num_threads(1)

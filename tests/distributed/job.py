@@ -5,6 +5,7 @@ A job is a dictionary:
     kind, layout    see models.py
     mhc             fields of MHCConfig
     steps           how many (default 3), the first one's number is ``first_step``
+    builder         module with a ``build`` function, in the place of ours
     load, save      folders of torch_dist checkpoints
     save_initial    where the model goes before the first step
     optimizer       fields of OptimizerConfig
@@ -26,13 +27,13 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config, unwrap_model
+
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.connection import HyperConnection
-from mhc_megatron.optimizer import connection_overrides
+from mhc_megatron.optimizer import close_bucket_gaps, connection_overrides
 from mhc_megatron.streams import is_connection
-
 from tests.distributed.data import BATCH, OPTIMIZER, SEQUENCE, VOCABULARY
-from tests.distributed.models import build, initialize
+from tests.distributed.models import build, build_with, initialize
 
 #: Large alpha and phi, so that a wrong H_res anywhere shows in the loss.
 MHC = {"variant": "mhc", "n": 4, "alpha": 0.5, "init_std": 0.1}
@@ -47,7 +48,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
     torch.manual_seed(11)
     ddp = {"grad_reduce_in_fp32": True, **job.get("ddp", {}), **layout.get("ddp", {})}
-    model = build(job["kind"], layout, mhc, ddp)
+    make = build_with(job["builder"]) if "builder" in job else build
+    model = make(job["kind"], layout, mhc, ddp)
     if not job.get("load"):
         stir(model)
     optimizer = make_optimizer(job, model, ddp, mhc)
@@ -115,6 +117,7 @@ def make_optimizer(job, model, ddp, mhc):
         use_distributed_optimizer=ddp.get("use_distributed_optimizer", False),
         overlap_param_gather=ddp.get("overlap_param_gather", False),
     )
+    close_bucket_gaps()
     overrides = connection_overrides(config, mhc)
     return get_megatron_optimizer(config, model, config_overrides=overrides)
 

@@ -126,7 +126,8 @@ ROWS: list[Row] = [
     _row("dense", "PP2, shapes exchanged", 2, pp=2, variable_seq_lengths=True,
          moe_token_dispatcher_type="alltoall"),
     # Uneven stages.
-    _row("dense", "PP2, one layer on the first stage", 2, pp=2, num_layers_in_first_pipeline_stage=1),
+    _row("dense", "PP2, one layer on the first stage", 2, pp=2,
+         num_layers_in_first_pipeline_stage=1),
     _row("dense", "PP2, layout Et|tttL", 2, pp=2, pipeline_model_parallel_layout="Et|tttL"),
     _row("dense", "PP3, embedding alone: E|tt|ttL", 3, pp=3,
          pipeline_model_parallel_layout="E|tt|ttL"),
@@ -154,7 +155,8 @@ ROWS: list[Row] = [
          **selective("core_attn", "mlp", "layernorm")),
     _row("dense", "full recompute, TP2, SP, PP2", 4, tp=2, sp=True, pp=2, **FULL),
     _row("MoE alltoall", "selective recompute: moe", 1, tolerance=0, **selective("moe")),
-    _row("MoE alltoall", "selective recompute: layernorm", 1, tolerance=0, **selective("layernorm")),
+    _row("MoE alltoall", "selective recompute: layernorm", 1, tolerance=0,
+         **selective("layernorm")),
     # Kinds.
     _row("tied embeddings", "PP2", 2, pp=2),
     _row("tied embeddings", "TP2, SP, PP2, VPP2", 4, tp=2, sp=True, pp=2, vp=2),

@@ -10,19 +10,23 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import importlib
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.enums import ModelType
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
@@ -31,6 +35,8 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.utils import get_model_config
+
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.pipeline import embedding_ranks
 from mhc_megatron.training import (
@@ -39,7 +45,6 @@ from mhc_megatron.training import (
     MHCModelBuilder,
     MHCModelConfig,
 )
-
 from tests.distributed.data import SEQUENCE, VOCABULARY
 
 BASE: dict[str, Any] = {
@@ -135,6 +140,36 @@ def build(
     )
 
 
+def build_with(module: str):
+    """``build`` through the function of that name in ``module``, with Megatron's ``get_model``."""
+    make = importlib.import_module(module).build
+
+    def build(kind, layout, mhc, ddp):
+        config = model_config(kind, layout, mhc).transformer
+        stages = layout.get("vp") or 1
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        model = []
+        for stage in range(stages):
+            ends = first and stage == 0, last and stage == stages - 1
+            number = stage if layout.get("vp") else None
+            model.append(make(config, VOCABULARY, SEQUENCE, *ends, vp_stage=number))
+        # What training/training.py's get_model does with the chunks of a model_provider.
+        for chunk in model:
+            chunk.model_type = ModelType.encoder_or_decoder
+            for parameter in chunk.parameters():
+                set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        config = get_model_config(model[0])
+        if config.bf16:
+            model = [Float16Module(config, chunk) for chunk in model]
+        return [
+            DistributedDataParallel(config, DistributedDataParallelConfig(**ddp), chunk)
+            for chunk in model
+        ]
+
+    return build
+
+
 def hybrid_spec(config: TransformerConfig) -> ModuleSpec:
     """Megatron's hybrid stack without Transformer Engine: attention, MLP and MoE layers."""
     dense = get_gpt_layer_local_spec(normalization=config.normalization)
@@ -194,7 +229,7 @@ def gather_context() -> None:
 
 
 class _Gather(torch.autograd.Function):
-    """[s, ...] of every rank, in the order of the ranks; backward adds what all ranks say of mine."""
+    """[s, ...] of every rank, in their order; backward adds what all ranks say of this one's."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -18,7 +18,12 @@ STEPS = 2
 #: optimizer's state between model-parallel layouts with the distributed optimizer alone.
 RESHARDABLE = {"ddp": DISTRIBUTED_OPTIMIZER["ddp"], "sharding": "fully_reshardable"}
 MOVES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "one rank to TP2, SP, PP2": ("dense", {}, {"world": 4, "tp": 2, "sp": True, "pp": 2}, RESHARDABLE),
+    "one rank to TP2, SP, PP2": (
+        "dense",
+        {},
+        {"world": 4, "tp": 2, "sp": True, "pp": 2},
+        RESHARDABLE,
+    ),
     "PP2, VPP2 to one rank, asynchronous": (
         "dense",
         {"world": 2, "pp": 2, "vp": 2},
@@ -33,7 +38,7 @@ MOVES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "PP2, DP2, overlaps to TP2, asynchronous": (
         "dense",
-        {"world": 4, "pp": 2, "ddp": {**OVERLAPPED["ddp"], "bucket_size": None}},
+        {"world": 4, "pp": 2, **OVERLAPPED},
         {"world": 2, "tp": 2},
         {**RESHARDABLE, "asynchronous": True},
     ),

@@ -23,7 +23,7 @@ RECORDS = os.path.join(_ROOT, "build", "layouts.jsonl")
 #: Where plain Megatron itself differs between two layouts (multi-token prediction under context
 #: parallelism averages over each rank's own tokens, MLA under sequence parallelism), ours may
 #: differ as much; the factor allows for another model's sensitivity.
-FACTOR_OF_PLAIN = 10.0
+FACTOR_OF_PLAIN = 15.0
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +61,13 @@ def records():
     os.replace(RECORDS + ".part", RECORDS)
 
 
-def _parameters():
-    for row in ROWS:
-        yield pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.slow else [])
-
-
-@pytest.mark.parametrize("row", _parameters())
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.slow else [])
+        for row in ROWS
+    ],
+)
 def test_layout_equals_one_rank(row: Row, cluster: Cluster, reference, records) -> None:
     folder, one = reference(row.kind)
     job = {"kind": KINDS[row.kind], "layout": row.settings, "load": folder}

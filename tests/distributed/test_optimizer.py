@@ -43,6 +43,13 @@ def test_rates_and_decay(cluster, distributed_optimizer) -> None:
     assert sum(".phi" in name for name in seen) == 9
 
 
+def test_a_decoupled_rate_is_not_the_connections(cluster) -> None:
+    seen = groups(cluster, optimizer={"decoupled_lr": 1e-4}, mhc={"lr_mult": 2.0})
+    rates = {name: group["max_lr"] for name, group in seen.items()}
+    assert {rate for name, rate in rates.items() if "_hc." in name} == {2 * OPTIMIZER["lr"]}
+    assert rates["0.embedding.word_embeddings.weight"] == 1e-4
+
+
 def test_defaults_decay_phi_like_a_weight_and_nothing_else(cluster) -> None:
     seen = groups(cluster)
     assert {g["wd_mult"] for name, g in seen.items() if name.endswith("_hc.phi")} == {1.0}

@@ -1,4 +1,4 @@
-"""Connections stay float32 in half-precision training: parameters, gradients, main copies, buckets."""
+"""Connections stay float32 in half-precision training: parameters, gradients, main copies."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def test_half_precision_checkpoints_resume(cluster, dtype, tmp_path) -> None:
     run = "tests.distributed.job:train"
     whole = cluster.run(run, 2, {**job, "steps": 4, "save_initial": start})
     cluster.run(run, 2, {**job, "steps": 2, "load": start, "save": half})
-    resumed = cluster.run(run, 2, {**job, "steps": 2, "first_step": 2, "load": half, "resume": True})
+    rest = {"steps": 2, "first_step": 2, "load": half, "resume": True}
+    resumed = cluster.run(run, 2, {**job, **rest})
     assert resumed[0]["grad_norm"] == pytest.approx(whole[0]["grad_norm"][2:], rel=1e-5)
     assert resumed[1]["loss"] == pytest.approx(whole[1]["loss"][2:], rel=1e-5)

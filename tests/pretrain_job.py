@@ -1,0 +1,23 @@
+"""One run of launch/pretrain.py, in a child of a process that has imported Megatron and no more."""
+
+import os
+import signal
+import sys
+
+import launch.pretrain
+import megatron.training.arguments  # noqa: F401
+import mhc_megatron.observer  # noqa: F401
+import mhc_megatron.training  # noqa: F401  imported here, once for all children
+import torch.utils.tensorboard  # noqa: F401
+
+
+def run(argv: list[str], output: str) -> None:
+    """Run with ``argv``, standard output and error to the file ``output``; ends the process."""
+    fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    sys.argv = ["launch/pretrain.py"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(launch.pretrain.main(argv))

@@ -1,0 +1,211 @@
+"""What this project leans on inside Megatron-Core, checked against the installed wheel.
+
+Each entry names a file below ``megatron/``, the place in it, and a line (whitespace aside) that
+must still stand there. When Megatron moves, the test that fails says which of our files leans on
+it, so that one reads the new Megatron before trusting a run. ``MEGATRON_ROOT`` points the tests at
+an unpacked wheel instead of the installed one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Reliance:
+    """One line of Megatron that one of our files needs.
+
+    Attributes:
+        ours: our file.
+        file: Megatron's, below ``megatron/``.
+        within: the definition the line stands in (``class X`` or ``def f``), or "" for anywhere.
+        line: what must stand there; runs of whitespace match any whitespace.
+        why: what breaks without it.
+    """
+
+    ours: str
+    file: str
+    within: str
+    line: str
+    why: str
+
+
+LAYER = "core/transformer/transformer_layer.py"
+SCHEDULES = "core/pipeline_parallel/schedules.py"
+MTP = "core/transformer/multi_token_prediction.py"
+OPTIMIZER = "core/optimizer/__init__.py"
+
+RELIES_ON = [
+    Reliance("layer_spec.py", LAYER, "def _forward_attention",
+             "apply_module(self.input_layernorm)(hidden_states)",
+             "the read hangs on the norm"),
+    Reliance("layer_spec.py", LAYER, "def _forward_attention", "residual = hidden_states",
+             "the write needs the streams as residual"),
+    Reliance("layer_spec.py", LAYER, "def _forward_attention",
+             "self.self_attn_bda(self.training, self.config.bias_dropout_fusion)( "
+             "attention_output_with_bias, residual, self.hidden_dropout )",
+             "the write takes the place of the bias-dropout-add"),
+    Reliance("layer_spec.py", LAYER, "def _forward_pre_mlp_layernorm",
+             "apply_module(self.pre_mlp_layernorm)(hidden_states)", "the read hangs on the norm"),
+    Reliance("layer_spec.py", LAYER, "def _forward_post_mlp",
+             "self.mlp_bda(self.training, self.config.bias_dropout_fusion)( "
+             "mlp_output_with_bias, residual, self.hidden_dropout )",
+             "the write takes the place of the bias-dropout-add"),
+    Reliance("layer_spec.py", LAYER, "class TransformerLayer", "self.is_mtp_layer = is_mtp_layer",
+             "an MTP layer lets its streams leave"),
+    Reliance("layer_spec.py", LAYER, "class TransformerLayer",
+             "self.recompute_input_layernorm = True", "selective recompute of the norm is ours"),
+    Reliance("layer_spec.py", LAYER, "class TransformerLayer",
+             "self.bias_dropout_add_exec_handler",
+             "the write runs without gradients in evaluation"),
+    Reliance("layer_spec.py", "core/transformer/transformer_block.py", "def _get_block_submodules",
+             "layer_specs=[spec] * num_layers, layer_norm=LayerNormImpl",
+             "a layer spec becomes a block of them with a final norm"),
+    Reliance("layer_spec.py", "core/transformer/transformer_block.py", "class TransformerBlock",
+             "apply_module(self.final_layernorm)(cast(Tensor, hidden_states))",
+             "the streams leave in a hook of the final norm"),
+    Reliance("layer_spec.py", "core/models/hybrid/hybrid_block.py", "class HybridStack",
+             "hidden_states = self.final_norm(hidden_states)",
+             "the streams of a hybrid model leave in a hook of its final norm"),
+    Reliance("layer_spec.py", MTP, "class MultiTokenPredictionLayer", "self.mtp_model_layer =",
+             "MTP runs one layer, or one stack, on contracted states"),
+    Reliance("layer_spec.py", "core/tensor_parallel/random.py", "class CheckpointWithoutOutput",
+             "def discard_output_and_register_recompute(self, hook_tensor)",
+             "norm(u) is dropped after the sublayer"),
+    Reliance("pipeline.py", SCHEDULES, "def get_tensor_shapes",
+             "tensor_shapes.append((effective_seq_length, micro_batch_size, config.hidden_size))",
+             "1F1B takes the width of a hop from the model's configuration"),
+    Reliance("pipeline.py", SCHEDULES, "def forward_backward_pipelining_with_interleaving",
+             "tensor_shape = [seq_length, micro_batch_size, config.hidden_size]",
+             "the interleaved schedule takes the width of a hop from the model's configuration"),
+    Reliance("pipeline.py", SCHEDULES, "def forward_backward_pipelining_without_interleaving",
+             "config = get_model_config(model)", "the configuration comes from the wrapped model"),
+    Reliance("pipeline.py", SCHEDULES, "def forward_backward_pipelining_with_interleaving",
+             "config = get_model_config(model[0])",
+             "the configuration comes from the wrapped model"),
+    Reliance("pipeline.py", "core/utils.py", "def get_model_config",
+             'get_attr_wrapped_model(model, "config", allow_none=False)',
+             "the outermost module's config is the one that counts"),
+    Reliance("pipeline.py", MTP, "def get_mtp_ranks", "mtp_ranks",
+             "embedding ranks include those of MTP"),
+    Reliance("training.py", "training/models/gpt.py", "class GPTModelBuilder",
+             "mtp_spec = mtp_block_spec("
+             "self._model_config, transformer_layer_spec, vp_stage=vp_stage)",
+             "the MTP spec is replaced where build_model makes it"),
+    Reliance("training.py", "training/models/gpt.py", "class GPTModelBuilder",
+             '"vp_stage" in inspect.signature(transformer_layer_spec).parameters',
+             "the layer spec is a function of the configuration and the stage"),
+    Reliance("training.py", "training/training.py", "def setup_model_and_optimizer",
+             "config, config_overrides = get_megatron_optimizer_config(args)",
+             "the connections' group comes in here"),
+    Reliance("training.py", "training/training.py", "def setup_model_and_optimizer",
+             "return builder.build_distributed_models(", "the configuration's builder is used"),
+    Reliance("training.py", "core/datasets/utils.py", "def compile_helpers", '["make", "-C"',
+             "the wheel has no Makefile for it"),
+    Reliance("optimizer.py", OPTIMIZER, "def _get_param_groups",
+             "if param_key.matches(param, name): param_overrides_list.append(param_override)",
+             "overrides choose the connections' group"),
+    Reliance("streams.py", "core/optimizer/emerging_optimizers.py",
+             "def _is_nonlinear_or_embedding",
+             "getattr(param, 'is_embedding_or_output_parameter', False)",
+             "the flag keeps phi from Muon"),
+    Reliance("streams.py", "core/optimizer/layer_wise_optimizer.py",
+             "def is_managed_by_layer_wise_optimizer",
+             "getattr(param, 'is_embedding_or_output_parameter', False)",
+             "the flag keeps phi from Muon"),
+    Reliance("optimizer.py", "core/optimizer/optimizer.py", "", "'is_decoupled_lr',",
+             "the flag tells the connections' group apart in a checkpoint"),
+    Reliance("optimizer.py", "core/optimizer/distrib_optimizer.py",
+             "def sharded_param_state_fully_reshardable", "in buffer.param_index_map.items():",
+             "places in a buffer count the padding between buckets, close_bucket_gaps mends it"),
+    Reliance("optimizer.py", "core/optimizer/distrib_optimizer.py",
+             "def get_parameter_state_dp_zero",
+             "offset_in_world_tensors += gbuf_world_numel_unpadded",
+             "what is gathered has no padding between buckets, close_bucket_gaps mends it"),
+    Reliance("observer.py", "training/training.py", "def training_log", "grad_norm,",
+             "the observer reads the step's numbers"),
+]
+
+
+def root() -> str:
+    """The folder ``megatron`` of the wheel under test."""
+    if "MEGATRON_ROOT" in os.environ:
+        return os.environ["MEGATRON_ROOT"]
+    # The package is a namespace: look the files up without importing it.
+    spec = importlib.util.find_spec("megatron")
+    if spec is None:
+        pytest.skip("megatron-core is not installed")
+    return list(spec.submodule_search_locations)[0]
+
+
+def definition(source: str, head: str) -> tuple[str, int] | None:
+    """Text of the definition that begins with ``head``, and its line number."""
+    if not head:
+        return source, 1
+    found = re.search(rf"^([ \t]*){re.escape(head)}\b", source, re.MULTILINE)
+    if found is None:
+        return None
+    lines = source[found.start() :].splitlines(keepends=True)
+    body = lines[:1]
+    signature = True
+    for text in lines[1:]:
+        deeper = len(text) - len(text.lstrip()) > len(found[1])
+        # A signature may close at the definition's own depth.
+        if text.strip() and not deeper and not (signature and text.lstrip().startswith(")")):
+            break
+        signature = signature and not text.rstrip().endswith(":")
+        body.append(text)
+    return "".join(body), source.count("\n", 0, found.start()) + 1
+
+
+@pytest.mark.parametrize("reliance", RELIES_ON, ids=lambda r: f"{r.ours}: {r.within or r.file}")
+def test_megatron_still_says(reliance: Reliance) -> None:
+    path = os.path.join(root(), reliance.file)
+    needs = f"{reliance.ours} needs it: {reliance.why}"
+    assert os.path.exists(path), f"{reliance.file} is gone; {needs}"
+    with open(path, encoding="utf-8") as f:
+        found = definition(f.read(), reliance.within)
+    where = f"{reliance.file}: {reliance.within}"
+    assert found, f"{where} is gone; {needs}"
+    body, line = found
+    wanted = re.sub(r"\s+", "", reliance.line)
+    assert wanted in re.sub(r"\s+", "", body), (
+        f"{where} (line {line}) no longer has\n    {reliance.line}\n"
+        f"which mhc_megatron/{reliance.ours} needs: {reliance.why}"
+    )
+
+
+def test_a_missing_line_is_seen(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "core" / "utils.py"
+    path.parent.mkdir()
+    path.write_text("def get_model_config(model):\n    return model.config\n")
+    monkeypatch.setenv("MEGATRON_ROOT", str(tmp_path))
+    reliance = next(r for r in RELIES_ON if r.file == "core/utils.py")
+    with pytest.raises(AssertionError, match="pipeline.py needs"):
+        test_megatron_still_says(reliance)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "parameters"),
+    [
+        ("core/optimizer/__init__.py", "get_megatron_optimizer", ["config_overrides"]),
+        ("core/parallel_state.py", "initialize_model_parallel", ["get_embedding_ranks"]),
+        ("training/training.py", "pretrain", ["cfg_container", "get_embedding_ranks"]),
+        ("training/models/gpt.py", "mtp_block_spec", ["config", "transformer_layer_spec"]),
+        ("training/argument_utils.py", "gpt_config_from_args", ["model_config_cls"]),
+        ("training/argument_utils.py", "hybrid_config_from_args", ["model_config_cls"]),
+        ("training/checkpointing.py", "check_checkpoint_args", ["checkpoint_args"]),
+    ],
+)
+def test_megatron_still_takes(file: str, name: str, parameters: list[str]) -> None:
+    with open(os.path.join(root(), file), encoding="utf-8") as f:
+        found = definition(f.read(), f"def {name}")
+    assert found, f"{file}: def {name} is gone"
+    signature = found[0].partition('"""')[0]
+    for parameter in parameters:
+        assert re.search(rf"\b{parameter}\b", signature), f"{file}: {name} takes no {parameter}"

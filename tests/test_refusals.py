@@ -1,0 +1,73 @@
+"""What hyper-connections cannot follow stops with a sentence before anything runs."""
+
+import pytest
+import torch
+
+from mhc_megatron.config import MHCConfig
+from mhc_megatron.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("megatron_cpu")
+
+
+def config(**changes):
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    made = TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        normalization="RMSNorm",
+        use_cpu_initialization=True,
+    )
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"inference_fuse_tp_communication": True}, "inference_fuse_tp_communication"),
+        (
+            {"fine_grained_activation_offloading": True, "offload_modules": ["mlp_norm"]},
+            "offload-modules mlp_norm",
+        ),
+    ],
+)
+def test_settings(changes, said) -> None:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from mhc_megatron.layer_spec import mhc_layer_spec
+
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    with pytest.raises(UserError, match=said):
+        mhc_layer_spec(spec, config(**changes), MHCConfig())
+    assert mhc_layer_spec(spec, config(**changes), MHCConfig(variant="none")) is spec
+
+
+def test_a_hybrid_pattern_with_mamba() -> None:
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from mhc_megatron.layer_spec import mhc_layer_spec
+
+    spec = mhc_layer_spec(hybrid_stack_spec, config(), MHCConfig())
+    with pytest.raises(UserError, match="MambaLayer"):
+        HybridModel(
+            config(num_layers=1),
+            spec,
+            vocab_size=64,
+            max_sequence_length=16,
+            hybrid_layer_pattern="M",
+        )
+
+
+def test_a_layer_that_is_none_of_megatrons() -> None:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    from mhc_megatron.layer_spec import mhc_layer_spec
+
+    block = TransformerBlockSubmodules(layer_specs=[ModuleSpec(module=torch.nn.Linear)])
+    with pytest.raises(UserError, match="Linear"):
+        mhc_layer_spec(block, config(), MHCConfig())
