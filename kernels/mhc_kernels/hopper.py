@@ -231,6 +231,27 @@ def load_coefficients(
     return H_post, H_res, token
 
 
+@gluon.jit
+def start_loads(
+    first, last, x_desc, y_desc, g_desc, du_desc, phi_desc, w_desc, ready, x_tiles, g_tiles,
+    y_tiles, phi_tiles, w_tiles, t0,
+    n: gl.constexpr, KP: gl.constexpr, BT: gl.constexpr, BC: gl.constexpr, STAGES: gl.constexpr,
+    PRE: gl.constexpr, POST: gl.constexpr, HAS_G: gl.constexpr,
+):  # fmt: skip
+    """The loads of w (barrier STAGES) and of all stages but one, into a fresh pipeline."""
+    fence_async_shared()
+    w_bar = ready.index(STAGES)
+    if PRE:
+        mbarrier.expect(w_bar, 2 * BT * KP * 2)
+        tma.async_copy_global_to_shared(w_desc, [t0, 0], w_bar, w_tiles.index(0))
+        tma.async_copy_global_to_shared(w_desc, [t0, KP], w_bar, w_tiles.index(1))
+    for s in gl.static_range(STAGES - 1):
+        load_stage(
+            first + s, s, first + s < last, x_desc, y_desc, g_desc, du_desc, phi_desc, ready,
+            x_tiles, g_tiles, y_tiles, phi_tiles, t0, n, KP, BT, BC, PRE, POST, HAS_G,
+        )  # fmt: skip
+
+
 @gluon.jit(do_not_specialize=["T", "parts", "per_part"])
 def boundary_grad_hopper_kernel(
     x_desc, y_desc, g_desc, du_desc, phi_desc, w_desc, dx_desc, dy_desc, H_post_ptr, H_res_ptr,
@@ -270,18 +291,10 @@ def boundary_grad_hopper_kernel(
     ready = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES + 1):
         mbarrier.init(ready.index(s), count=1)
-    fence_async_shared()
-    w_bar = ready.index(STAGES)
-    if PRE:
-        mbarrier.expect(w_bar, 2 * BT * KP * 2)
-        tma.async_copy_global_to_shared(w_desc, [t0, 0], w_bar, w_tiles.index(0))
-        tma.async_copy_global_to_shared(w_desc, [t0, KP], w_bar, w_tiles.index(1))
-    for s in gl.static_range(STAGES - 1):
-        load_stage(
-            first + s, s, first + s < last, x_desc, y_desc, g_desc, du_desc, phi_desc, ready,
-            x_tiles, g_tiles, y_tiles, phi_tiles, t0, n, KP, BT, BC, PRE, POST, HAS_G,
-        )  # fmt: skip
-
+    start_loads(
+        first, last, x_desc, y_desc, g_desc, du_desc, phi_desc, w_desc, ready, x_tiles, g_tiles,
+        y_tiles, phi_tiles, w_tiles, t0, n, KP, BT, BC, STAGES, PRE, POST, HAS_G,
+    )  # fmt: skip
     rows = (t0 + gl.arange(0, BT, layout=row)).to(gl.int64)
     mask = rows < T
     H_post, H_res, token = load_coefficients(
@@ -299,7 +312,7 @@ def boundary_grad_hopper_kernel(
     w_high = zero
     w_low = zero
     if PRE:
-        mbarrier.wait(w_bar, 0)
+        mbarrier.wait(ready.index(STAGES), 0)
         w_high = w_tiles.index(0).load(left)
         w_low = w_tiles.index(1).load(left)
 
@@ -380,6 +393,36 @@ def add_squares(total, out, BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr
     return add_products(total, parts, parts, BC // (4 * WN))
 
 
+@gluon.jit
+def store_products(
+    acc, squares, projected_ptr, gram_ptr, part, t0, T,
+    row: gl.constexpr, KP: gl.constexpr, BT: gl.constexpr, WN: gl.constexpr,
+):  # fmt: skip
+    """This part's products with phi (high + low) and squares of a tile of tokens."""
+    rows = (t0 + gl.arange(0, BT, layout=row)).to(gl.int64)
+    square = gl.convert_layout(gl.sum(gl.sum(squares, axis=2), axis=1), row)
+    part_row = part.to(gl.int64) * T
+    gl.store(gram_ptr + part_row + rows, square, mask=rows < T)
+    flat: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [BT // 16, WN], [1, 0])
+    projected = gl.convert_layout(gl.sum(gl.reshape(acc, [BT, 2, KP]), axis=1), flat)
+    rows = (t0 + gl.arange(0, BT, layout=gl.SliceLayout(1, flat))).to(gl.int64)
+    k = gl.arange(0, KP, layout=gl.SliceLayout(0, flat))
+    at = (part_row + rows)[:, None] * KP + k[None, :]
+    gl.store(projected_ptr + at, projected, mask=(rows < T)[:, None])
+
+
+@gluon.jit
+def mix_rounded(x, y, H_res, H_post, o: gl.constexpr, n: gl.constexpr, RES: gl.constexpr):
+    """``mix`` of bfloat16 tiles, widened where they are used: half the registers."""
+    out = H_post[o][:, None] * y
+    if RES:
+        for i in gl.static_range(n):
+            out += H_res[o * n + i][:, None] * x[i].to(gl.float32)
+    else:
+        out += x[o].to(gl.float32)
+    return out
+
+
 @gluon.jit(do_not_specialize=["T", "per_part"])
 def post_project_hopper_kernel(
     x_desc, y_desc, x_next_desc, phi_desc, H_post_ptr, H_res_ptr, projected_ptr, gram_ptr, T,
@@ -439,13 +482,7 @@ def post_project_hopper_kernel(
         if POST:
             y = y_tiles.index(slot).load(mma).to(gl.float32)
             for o in gl.static_range(n):
-                out = H_post[o][:, None] * y
-                if RES:
-                    for i in gl.static_range(n):
-                        out += H_res[o * n + i][:, None] * x[i].to(gl.float32)
-                else:
-                    out += x[o].to(gl.float32)
-                x_next = round_pairs(out)
+                x_next = round_pairs(mix_rounded(x, y, H_res, H_post, o, n, RES))
                 x_tile.index(slot * n + o).store(x_next)
                 squares = add_squares(squares, x_next, BT, BC, WN)
             fence_async_shared()
@@ -472,12 +509,4 @@ def post_project_hopper_kernel(
         slot = gl.where(slot == STAGES, 0, slot)
     if POST:
         tma.store_wait(0)
-    square = gl.convert_layout(gl.sum(gl.sum(squares, axis=2), axis=1), row)
-    part_row = part.to(gl.int64) * T
-    gl.store(gram_ptr + part_row + rows, square, mask=mask)
-    flat: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [BT // 16, WN], [1, 0])
-    projected = gl.convert_layout(gl.sum(gl.reshape(acc, [BT, 2, KP]), axis=1), flat)
-    rows = (t0 + gl.arange(0, BT, layout=gl.SliceLayout(1, flat))).to(gl.int64)
-    k = gl.arange(0, KP, layout=gl.SliceLayout(0, flat))
-    at = (part_row + rows)[:, None] * KP + k[None, :]
-    gl.store(projected_ptr + at, projected, mask=(rows < T)[:, None])
+    store_products(acc, squares, projected_ptr, gram_ptr, part, t0, T, row, KP, BT, WN)
