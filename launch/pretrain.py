@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--run-dir", help="the run's folder (run.dir)")
     parser.add_argument(
-        "--verbose", action="store_true", help="Megatron's own output on the terminal, not in a file"
+        "--verbose",
+        action="store_true",
+        help="Megatron's own output on the terminal, not in a file",
     )
     return parser
 
@@ -79,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(settings: Settings, console: TextIO | None) -> None:
     """Parse as Megatron does, then train."""
     import torch
+
     from mhc_megatron import cpu
 
     _single_process_environment()

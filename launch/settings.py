@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+
 from mhc_megatron.config import MHCConfig, nearest
 from mhc_megatron.errors import UserError
 from mhc_megatron.schedule import check_steps

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from mhc_kernels.reference import ITERATIONS, NORM_EPS, SINKHORNS, alpha_size, phi_rows
-
 from mhc_megatron.errors import UserError
 
 #: ``none`` is Megatron's own residual connection; the others are ``mhc_kernels.reference``'s.

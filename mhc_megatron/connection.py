@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
-import mhc_kernels
-from mhc_kernels import reference
 from torch import Tensor, nn
 
+import mhc_kernels
+from mhc_kernels import reference
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.streams import keep_fp32, mark
 
@@ -49,7 +49,7 @@ class Read(NamedTuple):
 
 
 class HyperConnection(nn.Module):
-    """Parameters phi [K, n*C], alpha [3 or 2], bias [K] (float32) of one sublayer, and F_pre, F_post.
+    """Parameters phi [K, n*C], alpha [3 or 2], bias [K] (float32) of a sublayer; F_pre and F_post.
 
     Args:
         mhc: the run's choices; ``mhc.enabled`` must hold.
@@ -97,7 +97,9 @@ class HyperConnection(nn.Module):
             return
         digest = hashlib.sha256(f"{self.mhc.seed}/{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        self.phi.copy_(torch.empty(self.phi.shape).normal_(0, self.mhc.init_std, generator=generator))
+        self.phi.copy_(
+            torch.empty(self.phi.shape).normal_(0, self.mhc.init_std, generator=generator)
+        )
         self.alpha.fill_(self.mhc.alpha)
         self.bias.copy_(initial_bias(self.mhc, self.index))
 
@@ -165,7 +167,9 @@ class HyperConnection(nn.Module):
         else:
             # Through the views that separate calls take: autograd adds x's gradients in one order,
             # and full recompute, which reads nothing ahead across layers, gives the same bits.
-            x_next = self._ops.mhc_post(self._split(x), before.y, before.H_post, before.H_res, before.y_bias).flatten(-2)
+            x_next = self._ops.mhc_post(
+                self._split(x), before.y, before.H_post, before.H_res, before.y_bias
+            ).flatten(-2)
             read = self._ops.mhc_pre(self._split(x_next), *parameters, **self._options())
         self._read_ahead = Read(x_next, *read)
         return x_next
@@ -173,8 +177,8 @@ class HyperConnection(nn.Module):
     def _take_read_ahead(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """The read that was made ahead, if it was made of ``x``.
 
-        Megatron may hand on another tensor object of the same memory (``make_viewless_tensor``). The
-        memory cannot have become another tensor's: the read ahead holds it.
+        Megatron may hand on another tensor object of the same memory (``make_viewless_tensor``).
+        The memory cannot have become another tensor's: the read ahead holds it.
         """
         ahead, self._read_ahead = self._read_ahead, None
         if ahead is None or ahead.x.data_ptr() != x.data_ptr() or ahead.x.shape != x.shape:

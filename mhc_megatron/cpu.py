@@ -258,9 +258,9 @@ def _stand_in_for_cuda() -> None:
     _replace(torch.Tensor, "record_stream", _nothing())
     # training/datasets/data_samplers.py
     _replace(torch.Tensor, "pin_memory", lambda tensor, *device: tensor)
-    # A loader draws a seed from the CPU's generator whenever it starts. On a GPU dropout has another
-    # generator; here it is the same one, and a resumed run, which starts its loaders anew, would
-    # part from one that was never stopped.
+    # A loader draws a seed from the CPU's generator whenever it starts. On a GPU dropout has
+    # another generator; here it is the same one, and a resumed run, which starts its loaders anew,
+    # would part from one that was never stopped.
     loader = torch.utils.data.DataLoader
     _replace(loader, "__init__", _with_own_generator(loader.__init__))
     # tensor_parallel/random.py:66 sets the generator's state through the default generators.

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,12 @@ class Observer:
     """
 
     def __init__(
-        self, run_dir: str, name: str, mhc: MHCConfig, stability_interval: int, console: TextIO | None
+        self,
+        run_dir: str,
+        name: str,
+        mhc: MHCConfig,
+        stability_interval: int,
+        console: TextIO | None,
     ) -> None:
         self.run_dir, self.name, self.mhc = run_dir, name, mhc
         self.stability_interval, self.console = stability_interval, console
@@ -108,7 +113,14 @@ class Observer:
         return result
 
     def _training_log(
-        self, original: Callable, loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs
+        self,
+        original: Callable,
+        loss_dict,
+        total_loss_dict,
+        learning_rate,
+        iteration,
+        *rest,
+        **kwargs,
     ):
         args = get_args()
         self.iteration = iteration
@@ -117,18 +129,14 @@ class Observer:
         if self.metrics is not None and self._losses and iteration % args.log_interval == 0:
             # ``rest`` goes on as loss_scale, report_memory_flag, skipped_iter, grad_norm, ...
             self._log_step(args, iteration, learning_rate, grad_norm=rest[3])
-        return original(
-            loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs
-        )
+        return original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs)
 
     def _evaluate(self, original: Callable, *rest, **kwargs):
         result = original(*rest, **kwargs)
         losses = (result[0] or {}).get("lm loss")
         if self.metrics is not None and losses is not None and not self._testing:
             value = float(losses)
-            self.metrics.valid(
-                iteration=self.iteration, consumed_tokens=self._tokens(), loss=value
-            )
+            self.metrics.valid(iteration=self.iteration, consumed_tokens=self._tokens(), loss=value)
             self._print(f"iteration {self.iteration:>7,}   validation loss {value:.4f}")
         return result
 
@@ -188,9 +196,10 @@ class Observer:
             memory_gib=torch.cuda.max_memory_allocated() / 2**30 or None,
         )
         left = self._remaining(seconds, args.train_iters - iteration)
+        speed = batch * args.seq_length / seconds
         self._live(
             f"iteration {iteration:>7,}/{args.train_iters:,}   loss {loss:7.4f}   "
-            f"grad norm {grad_norm or 0:7.3f}   {batch * args.seq_length / seconds:>11,.0f} tokens/s"
+            f"grad norm {grad_norm or 0:7.3f}   {speed:>11,.0f} tokens/s"
             + (f"   MFU {tflops / self.peak:5.1%}" if known else "")
             + f"   {left} left"
         )
@@ -249,7 +258,9 @@ class _RemainingTime:
         self._mean = seconds if self._mean is None else 0.8 * self._mean + 0.2 * seconds
         total = math.ceil(self._mean * max(0, steps))
         hours, rest = divmod(total, 3600)
-        return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+        return (
+            f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+        )
 
 
 def _exit_reason(args) -> str:

@@ -43,7 +43,7 @@ class Gains:
 
 
 class Monitor:
-    """Collects H_res of the first microbatch of a step from every connection of the model chunks."""
+    """Collects H_res of a step's first microbatch from every connection of the model chunks."""
 
     def __init__(self, model: list[nn.Module]) -> None:
         self.connections = [

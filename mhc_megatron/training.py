@@ -236,9 +236,7 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
     )
 
 
-def check_data(
-    config: GPTDatasetConfig, padded_vocab_size: int, num_samples: list[int]
-) -> None:
+def check_data(config: GPTDatasetConfig, padded_vocab_size: int, num_samples: list[int]) -> None:
     """Look at every indexed file once, before Megatron builds anything on it."""
     splits = [
         bounds if samples else None

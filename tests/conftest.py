@@ -14,6 +14,7 @@ def megatron_cpu():
     if torch.cuda.is_available():
         pytest.skip("Megatron runs on the GPU here")
     import torch.distributed as dist
+
     from mhc_megatron import cpu
 
     cpu.enable()

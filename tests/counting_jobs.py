@@ -25,8 +25,9 @@ def each(job: dict[str, Any]) -> list[Any]:
 
 def _arguments(job: dict[str, Any], world: int | None = None):
     """(Megatron's parsed arguments, the settings) of ``job``: config, changes, settings."""
-    from launch.settings import load, parse
     from megatron.training.global_vars import unset_global_variables
+
+    from launch.settings import load, parse
     from mhc_megatron import cpu
 
     unset_global_variables()
@@ -39,6 +40,7 @@ def _arguments(job: dict[str, Any], world: int | None = None):
 def counted(job: dict[str, Any]) -> dict[str, Any]:
     """By formula, with the configuration's own layout; Megatron's own FLOPs a token too."""
     from megatron.training.training import num_floating_point_operations
+
     from mhc_megatron.counting import count, flops
 
     args, settings = _arguments(job)
@@ -56,6 +58,7 @@ def built(job: dict[str, Any]) -> dict[str, int]:
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args
+
     from mhc_megatron.training import MHCModelBuilder, MHCModelConfig
 
     args, settings = _arguments(job | {"settings": SERIAL | job.get("settings", {})}, world=1)
@@ -99,6 +102,7 @@ def owned(job: dict[str, Any]) -> tuple[int, int]:
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args
+
     from mhc_megatron.footprint import footprints
     from mhc_megatron.training import MHCModelBuilder, MHCModelConfig
 

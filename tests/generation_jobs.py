@@ -33,6 +33,7 @@ def logits(job: dict[str, Any]) -> dict[str, float]:
     """
     import torch
     from megatron.core.inference.contexts import StaticInferenceContext
+
     from mhc_megatron import generation
 
     checkpoint = generation.find_checkpoint(job["run"])

@@ -4,11 +4,12 @@ import os
 import signal
 import sys
 
-import launch.pretrain
 import megatron.training.arguments  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
+
+import launch.pretrain
 import mhc_megatron.observer  # noqa: F401
 import mhc_megatron.training  # noqa: F401  imported here, once for all children
-import torch.utils.tensorboard  # noqa: F401
 
 
 def run(argv: list[str], output: str) -> None:

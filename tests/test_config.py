@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+
 from launch import settings
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError

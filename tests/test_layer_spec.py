@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mhc_kernels import reference
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
@@ -39,6 +40,7 @@ def transformer_config(**changes):
 def model(mhc, config=None, spec=None):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
     from mhc_megatron.layer_spec import mhc_layer_spec
 
     config = config or transformer_config()
@@ -119,9 +121,7 @@ def test_layers_compute_the_equations(variant, exit):
             u, H_post, H_res = reference.mhc_pre(x, *parameters, variant=variant)
             if kind == "attn":
                 norm = torch.nn.functional.rms_norm(u, (C,), layer.input_layernorm.weight, 1e-5)
-                y, _ = layer.self_attention(
-                    norm, batch()["attention_mask"], rotary_pos_emb=rotary
-                )
+                y, _ = layer.self_attention(norm, batch()["attention_mask"], rotary_pos_emb=rotary)
             else:
                 norm = torch.nn.functional.rms_norm(u, (C,), layer.pre_mlp_layernorm.weight, 1e-5)
                 y, _ = layer.mlp(norm)
@@ -191,6 +191,7 @@ def test_write_without_read_is_an_error():
 def test_a_spec_of_other_layers_is_refused():
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
     from mhc_megatron.layer_spec import mhc_layer_spec
 
     block = TransformerBlockSubmodules(layer_specs=[ModuleSpec(module=torch.nn.Linear)])
@@ -201,6 +202,7 @@ def test_a_spec_of_other_layers_is_refused():
 def test_block_specs_keep_their_order_and_norm():
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import _get_block_submodules
+
     from mhc_megatron.layer_spec import mhc_layer_spec
 
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.counting import connection_flops
 from mhc_megatron.footprint import best_block, in_flight
-
 from tests.distributed.cluster import Cluster
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -16,11 +16,14 @@ import numpy as np
 import pretrain_job
 import pytest
 import torch
+
 from tools.corpus.prepare import Options, corpus_of, prepare
 from tools.corpus.sources import Reading
 
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="checks the CPU mode; this is a GPU machine"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="checks the CPU mode; this is a GPU machine"
+    ),
     pytest.mark.filterwarnings("ignore"),
 ]
 
@@ -218,7 +221,10 @@ BAD = {
     ),
     "missing corpus": (["data-path=[no/such]"], "no/such.bin does not exist"),
     "no data at all": (["data-path=null"], "no data: set data-path"),
-    "vocabulary too large": (["vocab-size=100"], "a vocabulary of 257, larger than the model's 100"),
+    "vocabulary too large": (
+        ["vocab-size=100"],
+        "a vocabulary of 257, larger than the model's 100",
+    ),
     "split without a document": (["split=99,1,0"], "none falls to the validation set"),
     "sequence longer than data": (
         ["seq-length=100000", "max-position-embeddings=100000"],

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from mhc_kernels import reference
 from mhc_kernels.reference import VARIANTS, alpha_size, mhc_post, mhc_post_pre, mhc_pre, phi_rows
 
@@ -79,7 +80,7 @@ def test_sublayer_is_the_papers(variant, n):
 
 
 def test_transposed_H_res_is_another_result():
-    """The trap that shipped elsewhere: H_res applied as its transpose. A symmetric matrix hides it."""
+    """The trap that shipped elsewhere: H_res transposed. A symmetric matrix hides it."""
     inputs = random_inputs()
     _, H_post, H_res = mhc_pre(**inputs)
     y = torch.zeros(T, C, dtype=torch.float64)

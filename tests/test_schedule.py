@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mhc_megatron.errors import UserError
 from mhc_megatron.schedule import check_steps, decay_in_steps, factor, step_scheduler
 

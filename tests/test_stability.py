@@ -1,6 +1,7 @@
 """Gains and errors of H_res."""
 
 import torch
+
 from mhc_kernels import reference
 from mhc_megatron.stability import gains
 

@@ -77,6 +77,7 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(f"the step must be at least 0, not {options.step}")
     with _quiet():
         import torch
+
         from mhc_megatron import cpu
 
         if not torch.cuda.is_available():

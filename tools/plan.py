@@ -117,6 +117,7 @@ def arguments_of(settings: Settings, gpus: int | None) -> argparse.Namespace:
     logging.disable(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         import torch
+
         from mhc_megatron import cpu
 
         values = dict(settings.megatron)

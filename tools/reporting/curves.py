@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
-
 from reporting import style
 from reporting.runs import Array, Run
 from reporting.style import Picture

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-
 from reporting import curves, style
 from reporting.runs import Array, Run, Stability
 from reporting.style import Picture

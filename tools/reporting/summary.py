@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-
 from reporting.runs import Array, Run, Table, printable
 
 #: What stands for a key that a run's configuration does not have.
