@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing.util
 import os
-import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,44 +38,25 @@ SETTINGS = {
 }
 
 
-def launch(argv: list[str], output: Path, world: int = 1) -> None:
-    """Run launch/pretrain.py in forked children, one for each rank (Megatron is imported once)."""
-    import mhc_megatron.training  # noqa: F401
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = [
-        _fork(argv, output.with_suffix(f".{rank}"), rank, world, port) for rank in range(world)
-    ]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
-    assert codes == [0] * world, output.with_suffix(".0").read_text()[-3000:]
-
-
-def _fork(argv: list[str], output: Path, rank: int, world: int, port: str) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    sys.argv = ["launch/pretrain.py"]
-    import launch.pretrain
-
-    code = 1
-    try:
-        code = launch.pretrain.main([*argv, "--verbose"])
-        multiprocessing.util._exit_function()  # Megatron's writers have a manager process
-    finally:
-        os._exit(code)
+@pytest.fixture(scope="module")
+def launcher():
+    """A process that runs launch/pretrain.py (checkpoint_launcher.py)."""
+    script = str(Path(__file__).with_name("checkpoint_launcher.py"))
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    yield process
+    process.stdin.close()
+    process.wait(20)
 
 
 def losses(
-    folder: Path, work: Path, steps: int = 1, world: int = 1, load: bool = True, **changes
+    launcher, folder: Path, work: Path, steps: int = 1, world: int = 1, load: bool = True, **changes
 ) -> list[float]:
     """The training losses of a run that starts from a converted checkpoint."""
     values = {**SETTINGS, "train-iters": steps, **changes}
@@ -89,7 +69,11 @@ def losses(
             f"{key.replace('_', '-')}={str(value).lower() if value is True else value}",
         ]
     work.parent.mkdir(parents=True, exist_ok=True)
-    launch(argv, work.with_suffix(".log"), world)
+    output = work.with_suffix(".log")
+    launcher.stdin.write(json.dumps({"argv": argv, "output": str(output), "world": world}) + "\n")
+    launcher.stdin.flush()
+    codes = json.loads(launcher.stdout.readline())
+    assert codes == [0] * world, Path(f"{output}.0").read_text()[-3000:]
     lines = map(json.loads, (work / "metrics.jsonl").read_text().splitlines())
     return [record["loss"] for record in lines if record["event"] == "train"]
 
@@ -110,7 +94,7 @@ def losses(
     ],
 )
 def test_any_layout_loads_an_imported_model(
-    tmp_path: Path, family: str, upcycled: bool, layouts: list[dict]
+    launcher, tmp_path: Path, family: str, upcycled: bool, layouts: list[dict]
 ) -> None:
     # 64: no padding of the vocabulary at TP 2, which would add a logit
     hf = save_hf(hf_model(family, num_hidden_layers=2, vocab_size=64), tmp_path / "hf")
@@ -119,22 +103,22 @@ def test_any_layout_loads_an_imported_model(
     if upcycled:
         checkpoint = tmp_path / "up"
         assert run("upcycle", tmp_path / "m", checkpoint) == 0
-    one = losses(checkpoint, tmp_path / "one")
-    fresh = losses(checkpoint, tmp_path / "fresh", load=False)
+    one = losses(launcher, checkpoint, tmp_path / "one")
+    fresh = losses(launcher, checkpoint, tmp_path / "fresh", load=False)
     assert abs(one[0] - fresh[0]) > 0.05  # the weights were loaded
     for number, layout in enumerate(layouts):
-        assert losses(checkpoint, tmp_path / f"run{number}", **layout) == pytest.approx(
+        assert losses(launcher, checkpoint, tmp_path / f"run{number}", **layout) == pytest.approx(
             one, abs=1e-4
         )
 
 
 @pytest.mark.parametrize("changes", [[], ["lr_mult=0.5", "phi_weight_decay=0", "exit=learned"]])
-def test_an_upcycled_run_goes_on(tmp_path: Path, changes: list[str]) -> None:
+def test_an_upcycled_run_goes_on(launcher, tmp_path: Path, changes: list[str]) -> None:
     """A residual run of 8 steps, saved after 4; upcycled there, it resumes with the optimizer's
     state: the same losses to rounding at the first step, close to them later."""
     hf = save_hf(hf_model("llama", num_hidden_layers=2), tmp_path / "hf")
     assert run("import-hf", hf, tmp_path / "m") == 0
-    before = losses(tmp_path / "m", tmp_path / "residual", steps=8)
+    before = losses(launcher, tmp_path / "m", tmp_path / "residual", steps=8)
     words = [word for change in changes for word in ("--set", change)]
     source = tmp_path / "residual" / "checkpoints" / "iter_0000004"
     up = tmp_path / "up"
@@ -145,7 +129,7 @@ def test_an_upcycled_run_goes_on(tmp_path: Path, changes: list[str]) -> None:
         key, _, value = change.partition("=")
         text += f"  {key}: {value}\n"
     (up / "model.yaml").write_text(text)
-    after = losses(up, up, steps=8, load=False)  # resumes from its own folder
+    after = losses(launcher, up, up, steps=8, load=False)  # resumes from its own folder
     assert len(before) == 8 and len(after) == 4
     assert after[0] == pytest.approx(before[4], abs=1e-4)
     assert after == pytest.approx(before[4:], abs=0.02)

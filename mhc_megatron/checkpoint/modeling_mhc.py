@@ -1,9 +1,9 @@
 """A transformer with (Manifold-Constrained) Hyper-Connections, for transformers' Auto classes.
 
 Written into the folder by mhc-megatron's ``convert_checkpoint.py export-hf``. The model is
-transformers' own Llama, Qwen2, Qwen3 or DeepSeek-V3 with its residual additions replaced: n residual
-streams x [batch, sequence, n, C] run through the layers, and a sublayer F (attention or MLP, with
-its norm) reads and changes them by (arXiv 2512.24880, Eq. 3)
+transformers' own Llama, Qwen2, Qwen3 or DeepSeek-V3 with its residual additions replaced: n
+residual streams x [batch, sequence, n, C] run through the layers, and a sublayer F (attention or
+MLP, with its norm) reads and changes them by (arXiv 2512.24880, Eq. 3)
 
     u      = H_pre x
     x_next = H_res x + H_post^T F(u)
@@ -56,7 +56,7 @@ class HyperConnection(nn.Module):
         projected = project(x, self.phi, self.mhc["norm_eps"])
         if self.variant == "hc":
             projected = torch.tanh(projected)
-        alpha = torch.cat([a.expand(k) for a, k in zip(self.alpha, self.sizes, strict=True)])
+        alpha = torch.cat([a.expand(k) for a, k in zip(self.alpha, self.sizes, strict=False)])
         pre, post, res = (alpha * projected + self.bias).split(self.sizes, dim=-1)
         if self.variant != "hc":
             pre, post = torch.sigmoid(pre) + read_eps(self.mhc), 2 * torch.sigmoid(post)

@@ -5,7 +5,8 @@ expert's. Shapes are in the words of ``arguments.dimensions``: ``"q hidden"`` is
 
 Megatron's names are those of ``torch_dist.TorchDistSource.modules``. Two differ between its layer
 specs (models/gpt/gpt_layer_specs.py): a norm that Transformer Engine fuses into the linear after it
-is ``<linear>.layer_norm_weight`` there; the local spec has the norm's own name (``local``), stored under the fused name for models without latent attention (``sharded_state_dict_keys_map``).
+is ``<linear>.layer_norm_weight`` there; the local spec has the norm's own name (``local``), which,
+it stores under the fused one (``sharded_state_dict_keys_map``) in models without latent attention.
 Both are read, the one of the chosen ``transformer-impl`` is written.
 """
 
