@@ -129,6 +129,7 @@ def _defaults(settings: Settings) -> dict[str, Any]:
             "transformer-impl": "local",
             "no-persist-layer-norm": True,
             "no-masked-softmax-fusion": True,
+            "no-rope-fusion": True,
         }
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA's Apex
         values["no-gradient-accumulation-fusion"] = True

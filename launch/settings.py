@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -157,6 +158,8 @@ def parse(values: Mapping[str, Any]) -> argparse.Namespace:
     """
     from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
 
+    if values.get("wandb-project") and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb-project: the package wandb is not installed (pip install wandb).")
     # Megatron insists on one hardware queue where kernels must start in the order of their launch
     # (tensor and context parallelism, before Blackwell), and on several where all-to-alls overlap.
     overlap = values.get("overlap-moe-expert-parallel-comm")

@@ -22,3 +22,15 @@ def run(argv: list[str], output: str) -> None:
     sys.argv = ["launch/pretrain.py"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(launch.pretrain.main(argv))
+
+
+def settings_without_transformer_engine(config: str) -> None:
+    """Megatron takes the settings of a GPU machine that has nothing but what is locked."""
+    from launch.settings import load, parse
+    from megatron.training.argument_utils import core_transformer_config_from_args
+    from mhc_megatron import cpu
+
+    cpu.enable()  # Megatron's checks ask for a GPU; the settings below are not the CPU's
+    settings = load(config)
+    args = parse(launch.pretrain._defaults(settings) | settings.megatron)
+    core_transformer_config_from_args(args)

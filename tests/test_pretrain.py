@@ -220,6 +220,7 @@ BAD = {
         "set use-distributed-optimizer",
     ),
     "missing corpus": (["data-path=[no/such]"], "no/such.bin does not exist"),
+    "wandb is not there": (["wandb-project=x"], "the package wandb is not installed"),
     "no data at all": (["data-path=null"], "no data: set data-path"),
     "vocabulary too large": (
         ["vocab-size=100"],
@@ -268,6 +269,16 @@ def test_a_checkpoint_of_another_model_is_left_alone(change, config, whole_run, 
     said = (tmp_path / "out").read_text()
     assert said.count("error:") == 1 and "checkpoint" in said
     assert {p: p.stat().st_mtime_ns for p in (whole_run / "checkpoints").rglob("*")} == before
+
+
+def test_a_gpu_without_transformer_engine_is_enough(config):
+    """What Megatron fuses with Transformer Engine or Apex is off where they are not installed."""
+    process = CONTEXT.Process(
+        target=pretrain_job.settings_without_transformer_engine, args=(config,)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_losses_are_those_of_the_corpus_bytes(whole_run, corpus):
