@@ -26,8 +26,9 @@ def run(argv: list[str], output: str) -> None:
 
 def settings_without_transformer_engine(config: str) -> None:
     """Megatron takes the settings of a GPU machine that has nothing but what is locked."""
-    from launch.settings import load, parse
     from megatron.training.argument_utils import core_transformer_config_from_args
+
+    from launch.settings import load, parse
     from mhc_megatron import cpu
 
     cpu.enable()  # Megatron's checks ask for a GPU; the settings below are not the CPU's
