@@ -59,6 +59,7 @@ class Observer:
         self.metrics: MetricsWriter | None = None
         self.monitor: Monitor | None = None
         self.iteration = 0
+        self.peak: float | None = None
         self._losses: list[torch.Tensor] = []
         self._remaining = _RemainingTime()
         self._line_open = False
