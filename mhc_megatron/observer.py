@@ -64,6 +64,7 @@ class Observer:
         self._remaining = _RemainingTime()
         self._line_open = False
         self._testing = False
+        self._evaluated = -1
 
     def attach(self) -> None:
         """Wrap Megatron's functions. Once a process."""
@@ -135,7 +136,9 @@ class Observer:
     def _evaluate(self, original: Callable, *rest, **kwargs):
         result = original(*rest, **kwargs)
         losses = (result[0] or {}).get("lm loss")
-        if self.metrics is not None and losses is not None and not self._testing:
+        # Megatron evaluates once more after the last step, on other batches of the same set.
+        again, self._evaluated = self._evaluated == self.iteration, self.iteration
+        if self.metrics is not None and losses is not None and not (self._testing or again):
             value = float(losses)
             self.metrics.valid(iteration=self.iteration, consumed_tokens=self._tokens(), loss=value)
             self._print(f"iteration {self.iteration:>7,}   validation loss {value:.4f}")
