@@ -62,7 +62,7 @@ class Cluster:
         """Results of ``module:function(job)`` on ranks 0..world-1.
 
         A rank that a signal killed is tried once more, with a warning: gloo's own thread was seen
-        to crash (pt_gloo_runloop, segmentation fault in malloc) once in some thousand jobs. What
+        to crash once (pt_gloo_runloop, a segmentation fault inside libc), cause unknown. What
         raises, hangs or differs is not tried again.
 
         Raises:
