@@ -79,8 +79,8 @@ class Plan:
 
     def boundary_tiles(self) -> int:
         """Tiles of tokens in ``boundary_grad``, at most."""
-        blocks = self.block("boundary_grad"), self.block("boundary_grad_hopper")
-        return triton.cdiv(self.T, min(b.BT for b in blocks))
+        names = "boundary_grad", "boundary_grad_hopper", "post_grad_hopper"
+        return triton.cdiv(self.T, min(self.block(name).BT for name in names))
 
     def new(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=self.device)
@@ -147,7 +147,7 @@ def project(
     norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_next (x itself without y) and the partial sums of its projection and squares."""
-    fast = s.hopper and y_bias is None and not norm
+    fast = s.hopper and y_bias is None
     b = s.block("project_hopper" if fast else "project")
     split = None
     if s.split:
@@ -183,6 +183,7 @@ def project(
             WN=16 * b.warps // b.BT,
             POST=y is not None,
             RES=H_res is not None,
+            GRAM=norm,
             STAGES=b.stages,
             PDL=s.pdl,
             num_warps=b.warps,
@@ -406,10 +407,14 @@ def boundary_grad(
     phi: Tensor | None = None,
     norm_weight: Tensor | None = None,
     logits: LogitsGrad | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dy, dH_post, dH_res. Without y: of a pre alone; without logits: of a post alone."""
-    fast = s.hopper and y_bias is None and norm_weight is None
-    b = s.block("boundary_grad_hopper" if fast else "boundary_grad")
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dy, dH_post, dH_res. Without y: of a pre alone; without logits: of a post alone.
+
+    And, where the kernel makes it by the way, the gradient of norm_weight, else None.
+    """
+    fast = s.hopper and y_bias is None
+    hopper = "post_grad_hopper" if logits is None else "boundary_grad_hopper"
+    b = s.block(hopper if fast else "boundary_grad")
     tiles, chunks = triton.cdiv(s.T, b.BT), s.C // b.BC
     parts = tuning.parts(tiles, chunks, b.split, s.slots(b))
     per_part = triton.cdiv(chunks, parts)
@@ -424,8 +429,10 @@ def boundary_grad(
             counters = torch.zeros(tiles, dtype=torch.int32, device=s.device)
     sums = (dH_post, dH_res, partial, counters, s.T, parts, per_part)
     if fast:
-        _boundary_grad_hopper(s, b, tiles, x, y, g, du, H_post, H_res, logits, dx, dy, sums)
-        return dx, dy, dH_post, dH_res
+        dweight = _boundary_grad_hopper(
+            s, b, tiles, x, y, g, du, H_post, H_res, norm_weight, logits, dx, dy, sums
+        )
+        return dx, dy, dH_post, dH_res, dweight
     x_desc = s.rows(x, b)
     boundary_grad_kernel[_grid(tiles, parts)](
         x_desc,
@@ -458,7 +465,7 @@ def boundary_grad(
         PIN=s.pin,
         **s.options(b, looped=True),
     )
-    return dx, dy, dH_post, dH_res
+    return dx, dy, dH_post, dH_res, None
 
 
 def _boundary_grad_hopper(
@@ -471,13 +478,16 @@ def _boundary_grad_hopper(
     du: Tensor | None,
     H_post: Tensor | None,
     H_res: Tensor | None,
+    norm_weight: Tensor | None,
     logits: LogitsGrad | None,
     dx: Tensor,
     dy: Tensor | None,
     sums: tuple,
-) -> None:
-    """``boundary_grad`` through the Gluon kernel."""
+) -> Tensor | None:
+    """``boundary_grad`` through the Gluon kernel; returns the gradient of norm_weight."""
     n, C = s.n, s.C
+    norm = norm_weight is not None
+    dweight = s.new(tiles * (b.BT // 16), C) if norm else None
     phi = w = None
     if logits is not None:
         phi = s.hopper_phi(logits.split, b, streams_first=False)
@@ -496,6 +506,8 @@ def _boundary_grad_hopper(
         row_or_x(None) if w is None else w,
         s.hopper_streams(dx, b),
         row_or_x(dy),
+        norm_weight,
+        dweight,
         H_post,
         H_res,
         None if logits is None else logits.token,
@@ -511,11 +523,13 @@ def _boundary_grad_hopper(
         POST=y is not None,
         RES=H_res is not None,
         HAS_G=g is not None,
+        NORM=norm,
         STAGES=b.stages,
         PDL=s.pdl,
         num_warps=b.warps,
         launch_pdl=s.pdl,
     )
+    return dweight.sum(0).to(norm_weight.dtype) if norm else None
 
 
 def norm_weight_grad(s: Plan, x: Tensor, du: Tensor, token: Tensor, weight: Tensor) -> Tensor:

@@ -127,11 +127,10 @@ def boundary_backward_op(
             iterations, norm_eps,
         )  # fmt: skip
         parameters = launch.phi_grad(s, x_next, logits, alpha)
-        streams = launch.boundary_grad(
+        *streams, dnorm = launch.boundary_grad(
             s, x, y, y_bias, H_post, H_res, g, du, phi, norm_weight, logits
         )
-        dnorm = None
-        if norm_weight is not None:
+        if norm_weight is not None and dnorm is None:
             dnorm = launch.norm_weight_grad(s, x_next, du, logits.token, norm_weight)
     return tuple(x.new_empty(0) if t is None else t for t in (*streams, *parameters, dnorm))
 
@@ -158,7 +157,7 @@ def post_backward_op(
     s = Plan(x)
     x, y, g = _ready(x), _ready(y), _ready(g)
     with torch.cuda.device_of(x):
-        dx, dy, dH_post, dH_res = launch.boundary_grad(s, x, y, y_bias, H_post, H_res, g)
+        dx, dy, dH_post, dH_res, _ = launch.boundary_grad(s, x, y, y_bias, H_post, H_res, g)
     return dx, dy, dH_post, x.new_empty(0) if dH_res is None else dH_res
 
 
