@@ -222,16 +222,11 @@ def mhc_refill(
     ``out``: contiguous tensors that the two lists are written to and made of; u's may be of another
     dtype. No gradient: it refills what a forward dropped.
     """
-    if out is None:
-        out = [torch.empty_like(x) for _ in y], [
-            torch.empty((*x.shape[:-2], x.shape[-1]), dtype=x.dtype, device=x.device) for _ in H_pre
-        ]
-    streams, reads = out
     if not supported(x):
-        made = reference.mhc_refill(x, y, H_post, H_res, H_pre, y_bias)
-        for target, value in zip((*streams, *reads), (*made[0], *made[1]), strict=True):
-            target.copy_(value)
-        return out
+        return reference.mhc_refill(x, y, H_post, H_res, H_pre, y_bias=y_bias, out=out)
+    if out is None:
+        reads = [x.new_empty(*x.shape[:-2], x.shape[-1]) for _ in H_pre]
+        out = [torch.empty_like(x) for _ in y], reads
     ops.refill_op(
         _flat(x, 2),
         [_flat(t, 1) for t in y],
@@ -239,7 +234,6 @@ def mhc_refill(
         [_wide(t, 1) for t in H_post],
         [] if len(H_res) == 0 or H_res[0] is None else [_wide(t, 2) for t in H_res],
         [_wide(t, 1) for t in H_pre],
-        streams,
-        reads,
+        *out,
     )
     return out

@@ -257,13 +257,15 @@ def mhc_refill(
     H_post: list[Tensor],
     H_res: list[Tensor] | list[None],
     H_pre: list[Tensor],
+    *,
     y_bias: list[Tensor | None] | None = None,
+    out: tuple[list[Tensor], list[Tensor]] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The streams after every sublayer of a block and what the next one reads, Eq. (20).
 
     x [..., n, C] enters the block; sublayer l ends with ``mhc_post`` (y[l], H_post[l], H_res[l],
     y_bias[l]), and the next reads with H_pre[l] [..., n]. Returns lists of x_next [..., n, C] and u
-    [..., C]. One H_pre more than y: the first reads x itself.
+    [..., C], copied to ``out`` where given. One H_pre more than y: the first reads x itself.
     """
     ahead, absent = len(H_pre) - len(y), [None] * len(y)
     streams, reads = [], [_mix(pre, x).to(x.dtype) for pre in H_pre[:ahead]]
@@ -273,7 +275,11 @@ def mhc_refill(
         x = mhc_post(x, y_l, post, res, bias)
         streams.append(x)
         reads.append(_mix(pre, x).to(x.dtype))
-    return streams, reads
+    if out is None:
+        return streams, reads
+    for target, value in zip((*out[0], *out[1]), (*streams, *reads), strict=True):
+        target.copy_(value)
+    return out
 
 
 def _mix(H_pre: Tensor, x: Tensor) -> Tensor:
