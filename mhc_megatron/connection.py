@@ -10,6 +10,7 @@ connection reads before the norm and takes the place of the bias-dropout-add::
 H_post and H_res are functions of x too; they are made with u and wait in the connection between
 the two calls. Where the sublayer that follows is known (``followed_by``), its read is made together
 with the write, in one pass over memory (``mhc_post_pre``), and waits there for the x it belongs to.
+What of all this is kept for backward, ``recompute.py`` decides.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 import mhc_kernels
 from mhc_kernels import reference
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.recompute import Recompute
 from mhc_megatron.streams import keep_fp32, mark
 
 
@@ -46,6 +48,7 @@ class Read(NamedTuple):
     u: Tensor
     H_post: Tensor
     H_res: Tensor | None
+    H_pre: Tensor
 
 
 class HyperConnection(nn.Module):
@@ -85,6 +88,8 @@ class HyperConnection(nn.Module):
         self._coefficients: tuple[Tensor, Tensor | None] | None = None
         self._read_ahead: Read | None = None
         self._following: tuple[HyperConnection, ...] = ()
+        #: The blocks of its chunk and its place among their sublayers; recompute.py sets it.
+        self.recompute: tuple[Recompute, int] | None = None
         #: Of the sublayer's norm, where layer_spec.recompute_norm drops its output.
         self.norm_checkpoint: CheckpointWithoutOutput | None = None
         #: Called with (self, H_res) at every read while set; stability.py sets it.
@@ -120,13 +125,17 @@ class HyperConnection(nn.Module):
         """
         if before is not None:
             return self._write_and_read(x, before)
-        u, H_post, H_res = self._take_read_ahead(x) or self._ops.mhc_pre(
+        u, H_post, H_res, H_pre = self._take_read_ahead(x) or self._ops.mhc_pre(
             self._split(x), self.phi, self.alpha, self.bias, **self._options()
         )
         self._coefficients = H_post, H_res
         if self.observer is not None:
             self.observer(self, H_res)
-        return u if self.compute_dtype is None else u.to(self.compute_dtype)
+        u = u if self.compute_dtype is None else u.to(self.compute_dtype)
+        if self.recompute is not None:
+            blocks, position = self.recompute
+            blocks.read(position, x, u, H_pre)
+        return u
 
     def write(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         """In the place of Megatron's ``get_bias_dropout_add``: returns ``f((y, bias), x, p)``.
@@ -144,12 +153,23 @@ class HyperConnection(nn.Module):
                 y_bias = None
             write = Write(y.to(x.dtype), y_bias, *self._take_coefficients())
             if self._following:
-                return self._following[0](x, before=write)
-            return self._ops.mhc_post(
-                self._split(x), write.y, write.H_post, write.H_res, y_bias=y_bias
-            ).flatten(-2)
+                x_next = self._following[0](x, before=write)
+            else:
+                x_next = self._ops.mhc_post(
+                    self._split(x), write.y, write.H_post, write.H_res, y_bias=y_bias
+                ).flatten(-2)
+            if self.recompute is not None:
+                blocks, position = self.recompute
+                blocks.wrote(position, write, x_next, self._ops.mhc_refill)
+            return x_next
 
         return post
+
+    def normed(self, norm: nn.Module, out: Tensor) -> None:
+        """The sublayer's norm has made ``out`` of u: one more tensor that a block can drop."""
+        if self.recompute is not None:
+            blocks, position = self.recompute
+            blocks.normed(position, norm, out)
 
     def _write_and_read(self, x: Tensor, before: Write) -> Tensor:
         parameters = (self.phi, self.alpha, self.bias)
@@ -174,7 +194,7 @@ class HyperConnection(nn.Module):
         self._read_ahead = Read(x_next, *read)
         return x_next
 
-    def _take_read_ahead(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    def _take_read_ahead(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor] | None:
         """The read that was made ahead, if it was made of ``x``.
 
         Megatron may hand on another tensor object of the same memory (``make_viewless_tensor``).
@@ -183,7 +203,7 @@ class HyperConnection(nn.Module):
         ahead, self._read_ahead = self._read_ahead, None
         if ahead is None or ahead.x.data_ptr() != x.data_ptr() or ahead.x.shape != x.shape:
             return None
-        return ahead.u, ahead.H_post, ahead.H_res
+        return ahead.u, ahead.H_post, ahead.H_res, ahead.H_pre
 
     @property
     def _ops(self):
@@ -199,6 +219,7 @@ class HyperConnection(nn.Module):
             "variant": self.mhc.variant,
             "iterations": self.mhc.sinkhorn_iterations,
             "eps": self.mhc.norm_eps,
+            "with_H_pre": True,
             **({} if self.mhc.sinkhorn == "paper" else {"sinkhorn_kind": self.mhc.sinkhorn}),
         }
 

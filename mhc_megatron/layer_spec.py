@@ -20,6 +20,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 from megatron.core.models.hybrid.hybrid_block import HybridStack
@@ -37,11 +38,13 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.connection import HyperConnection
 from mhc_megatron.errors import UserError
+from mhc_megatron.recompute import Recompute, check_recompute, recompute_of
 from mhc_megatron.streams import Exit, enter
 
 Spec = ModuleSpec | TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules
@@ -73,6 +76,7 @@ def mhc_layer_spec(
     if not mhc.enabled:
         return spec
     check_config(config)
+    check_recompute(config, mhc)
     if isinstance(spec, MultiTokenPredictionBlockSubmodules):
         return MultiTokenPredictionBlockSubmodules(
             [_mtp_layer(layer, mhc) for layer in spec.layer_specs or []]
@@ -110,16 +114,31 @@ class Chain:
 
     Each learns which one follows it, so that a write and the next read are one launch. Not across
     layers that Megatron recomputes, captures or schedules one by one: a read made ahead would
-    leave the layer's boundary beside its output.
+    leave the layer's boundary beside its output. Where the run recomputes, they also share the
+    blocks of their chunk.
     """
 
     def __init__(self) -> None:
         self._last: HyperConnection | None = None
 
-    def append(self, connection: HyperConnection, config: TransformerConfig) -> None:
-        """The next connection; the first of a new model where it does not follow the last."""
+    def append(
+        self,
+        connection: HyperConnection,
+        config: TransformerConfig,
+        recompute: Callable[[], Recompute | None],
+    ) -> None:
+        """The next connection; the first of a new model where it does not follow the last.
+
+        ``recompute`` makes the blocks of a new chunk.
+        """
         last, self._last = self._last, connection
-        if last is None or connection.index != last.index + 1:
+        follows = last is not None and connection.index == last.index + 1
+        if follows and last.recompute is not None:
+            last.recompute[0].append(connection)
+        if not follows:
+            blocks = recompute()
+            if blocks is not None:
+                blocks.append(connection)
             return
         new_layer = connection.index % 2 == 0
         alone = (
@@ -219,6 +238,16 @@ class HyperConnectedStack(HybridStack):
         super().__init__(config, *args, **kwargs)
         if self.post_process and self.post_layer_norm:
             leave_before(self.final_norm, mhc, config)
+        recompute_in_blocks(self, mhc)
+
+
+def recompute_in_blocks(stack: HybridStack, mhc: MHCConfig) -> None:
+    """The blocks of a hybrid stack, whose layers are made without knowing each other."""
+    blocks = recompute_of(mhc, stack.config, get_pg_rank(stack.pg_collection.pp))
+    if blocks is not None:
+        for module in stack.layers.modules():
+            if isinstance(module, HyperConnection):
+                blocks.append(module)
 
 
 class HyperConnectedPrediction(MultiTokenPredictionLayer):
@@ -231,6 +260,7 @@ class HyperConnectedPrediction(MultiTokenPredictionLayer):
             mhc, config.hidden_size, parameter_device(config), config.sequence_parallel
         )
         stack.register_forward_hook(lambda stack, inputs, x: stack.exit(x))
+        recompute_in_blocks(stack, mhc)
         # The stack numbers its layers from one again; names and seeds must differ all the same.
         for connection in stack.modules():
             if isinstance(connection, HyperConnection):
@@ -279,7 +309,7 @@ class HyperConnectedLayer(MegatronModule):
         chain = chain or Chain()
         for connection in (getattr(self, name, None) for name in ("attn_hc", "mlp_hc")):
             if connection is not None:
-                chain.append(connection, config)
+                chain.append(connection, config, lambda: None if stacked else self._blocks())
         self.exit: Exit | None = None
         if self.is_mtp_layer and not stacked:
             self.exit = Exit(mhc, self.C, parameter_device(config), config.sequence_parallel)
@@ -298,7 +328,12 @@ class HyperConnectedLayer(MegatronModule):
             ),
         )
         norm.register_forward_pre_hook(lambda norm, inputs: (connection(inputs[0]), *inputs[1:]))
+        if self.mhc.recompute:
+            norm.register_forward_hook(lambda norm, inputs, out: connection.normed(norm, out))
         return connection
+
+    def _blocks(self) -> Recompute | None:
+        return recompute_of(self.mhc, self.config, get_pg_rank(self.pg_collection.pp))
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         if hidden_states.shape[-1] == self.C:
@@ -320,11 +355,15 @@ def recompute_norm(
 ) -> None:
     """Selective recompute of ``norm``: its output is dropped once the sublayer has run.
 
+    Nothing to do where the run recomputes blocks, which drop the norms' outputs with the rest.
+
     Megatron would run the read again with the norm, and its second H_post and H_res would be
     nobody's. Here the read stays outside: u [s, b, C] is kept, norm(u) is made again.
     ``HyperConnection.write`` sees the sublayer's output and drops norm(u) there, where
     transformer_layer.py:684 does.
     """
+    if connection.mhc.recompute:
+        return
     forward = norm.forward
 
     def checkpointed(u: Tensor) -> Tensor:

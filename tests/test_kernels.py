@@ -64,7 +64,7 @@ def flat_calls(n: int, C: int, variant: str, dtype: torch.dtype, norm: bool, alo
     def run():
         s = launch.Plan(x, variant)
         _, projected, gram = launch.project(s, x, y, None, H_post, H_res, phi, norm)
-        _, _, _, p, inverse_rms, gram = launch.read(
+        _, _, _, p, inverse_rms, gram, _ = launch.read(
             s, x, projected, gram, alpha, bias, weight, 20, 1e-20, 1e-6
         )
         logits = launch.logits_grad(

@@ -230,12 +230,13 @@ def read(
     iterations: int,
     eps: float,
     norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """u, H_post, H_res and, for backward, p, 1 / rms and the products of streams."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """u, H_post, H_res; for backward p, 1 / rms and the products of streams; for refill H_pre."""
     b = s.block("read")
     norm = norm_weight is not None
     u, p, inverse_rms = s.new(s.T, s.C, dtype=s.dtype), s.new(s.T, s.K), s.new(s.T)
     H_post, H_res = s.new(s.T, s.n), s.new(s.T, s.n if s.R else 0, s.n)
+    H_pre = s.new(s.T, s.n)
     gram = s.new(s.T, _gram_size(s.n, True) if norm else 0)
     table = _permutation_table(s.n, s.device) if s.variant == "birkhoff" else None
     read_kernel[_grid(triton.cdiv(s.T, b.BT))](
@@ -252,6 +253,7 @@ def read(
         p,
         inverse_rms,
         gram,
+        H_pre,
         s.T,
         projected.shape[0],
         eps,
@@ -269,7 +271,7 @@ def read(
         NORM=norm,
         **s.options(b, looped=True),
     )
-    return u, H_post, H_res, p, inverse_rms, gram
+    return u, H_post, H_res, p, inverse_rms, gram, H_pre
 
 
 @dataclass
@@ -558,20 +560,28 @@ def refill(
     s: Plan,
     x: Tensor,
     y: list[Tensor],
+    y_bias: list[Tensor | None],
     H_post: list[Tensor],
     H_res: list[Tensor] | None,
     H_pre: list[Tensor],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """x_next and u of every sublayer, ``REFILL_LAYERS`` a launch."""
-    b = s.block("refill")
-    x_next, u = [torch.empty_like(x) for _ in y], [torch.empty_like(t) for t in y]
-    for first in range(0, len(y), REFILL_LAYERS):
+    x_next: list[Tensor],
+    u: list[Tensor],
+) -> None:
+    """Writes x_next and u of every sublayer, ``REFILL_LAYERS`` a launch.
+
+    One H_pre and u more than y: the first are the read of x itself.
+    """
+    b, ahead = s.block("refill"), len(u) - len(y)
+    for first in range(0, max(1, len(y)), REFILL_LAYERS):
         part = slice(first, min(first + REFILL_LAYERS, len(y)))
+        opens = ahead if first == 0 else 0
+        reads = slice(part.start + ahead - opens, part.stop + ahead)
+        biases = tuple(bias if bias is not None else x for bias in y_bias[part])
+        has_bias = sum(1 << i for i, bias in enumerate(y_bias[part]) if bias is not None)
         refill_kernel[_grid(s.C // b.BC, triton.cdiv(s.T, b.BT))](
-            x, tuple(y[part]), tuple(H_post[part]), tuple(H_res[part]) if H_res else (),
-            tuple(H_pre[part]), tuple(x_next[part]), tuple(u[part]), s.T,
-            L=part.stop - first, n=s.n, C=s.C, BT=b.BT, BC=b.BC, RES=bool(H_res),
-            **s.options(b),
+            x, tuple(y[part]), biases, tuple(H_post[part]), tuple(H_res[part]) if H_res else (),
+            tuple(H_pre[reads]), tuple(x_next[part]), tuple(u[reads]), s.T,
+            L=part.stop - first, FIRST=opens, n=s.n, C=s.C, BT=b.BT, BC=b.BC, RES=bool(H_res),
+            Y_BIAS=has_bias, **s.options(b),
         )  # fmt: skip
-        x = x_next[part][-1]
-    return x_next, u
+        x = x_next[part][-1] if y else x

@@ -181,11 +181,13 @@ def mhc_pre(
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
     sinkhorn_kind: str = "paper",
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    with_H_pre: bool = False,
+) -> tuple[Tensor, ...]:
     """F_pre: coefficients and u = H_pre x.
 
     Returns u [..., C] in x's dtype, H_post and H_res in float32 (float64 for a float64 x). With
     ``norm_weight`` [C], u is RMSNorm(H_pre x) * norm_weight, the sublayer's own input norm.
+    ``with_H_pre`` adds H_pre [..., n], detached, for ``mhc_refill``.
     """
     H_pre, H_post, H_res = coefficients(
         x,
@@ -197,10 +199,11 @@ def mhc_pre(
         eps=eps,
         sinkhorn_kind=sinkhorn_kind,
     )
-    u = torch.einsum("...n,...nc->...c", H_pre, _wide(x))
+    u = _mix(H_pre, x)
     if norm_weight is not None:
         u = u * torch.rsqrt(u.square().mean(dim=-1, keepdim=True) + norm_eps) * norm_weight
-    return u.to(x.dtype), H_post, H_res
+    read = u.to(x.dtype), H_post, H_res
+    return (*read, H_pre.detach()) if with_H_pre else read
 
 
 def mhc_enter(
@@ -254,19 +257,35 @@ def mhc_refill(
     H_post: list[Tensor],
     H_res: list[Tensor] | list[None],
     H_pre: list[Tensor],
+    *,
+    y_bias: list[Tensor | None] | None = None,
+    out: tuple[list[Tensor], list[Tensor]] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The streams after every sublayer of a block and what the next one reads, Eq. (20).
 
-    x [..., n, C] enters the block; sublayer l ends with ``mhc_post`` (y[l], H_post[l], H_res[l]),
-    and the next reads with H_pre[l] [..., n]. Returns lists of x_next [..., n, C] and u [..., C].
+    x [..., n, C] enters the block; sublayer l ends with ``mhc_post`` (y[l], H_post[l], H_res[l],
+    y_bias[l]), and the next reads with H_pre[l] [..., n]. Returns lists of x_next [..., n, C] and u
+    [..., C], copied to ``out`` where given. One H_pre more than y: the first reads x itself.
     """
-    streams, reads = [], []
-    for y_l, post, res, read in zip(y, H_post, H_res or [None] * len(y), H_pre, strict=True):
-        x = mhc_post(x, y_l, post, res)
-        wide = _wide(x)
+    ahead, absent = len(H_pre) - len(y), [None] * len(y)
+    streams, reads = [], [_mix(pre, x).to(x.dtype) for pre in H_pre[:ahead]]
+    for y_l, post, res, bias, pre in zip(
+        y, H_post, H_res or absent, y_bias or absent, H_pre[ahead:], strict=True
+    ):
+        x = mhc_post(x, y_l, post, res, bias)
         streams.append(x)
-        reads.append(torch.einsum("...n,...nc->...c", read.to(wide.dtype), wide).to(x.dtype))
-    return streams, reads
+        reads.append(_mix(pre, x).to(x.dtype))
+    if out is None:
+        return streams, reads
+    for target, value in zip((*out[0], *out[1]), (*streams, *reads), strict=True):
+        target.copy_(value)
+    return out
+
+
+def _mix(H_pre: Tensor, x: Tensor) -> Tensor:
+    """H_pre x in float32 or wider."""
+    wide = _wide(x)
+    return torch.einsum("...n,...nc->...c", H_pre.to(wide.dtype), wide)
 
 
 def _wide(x: Tensor) -> Tensor:
