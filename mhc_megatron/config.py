@@ -44,6 +44,8 @@ class MHCConfig:
         exit: how the streams leave the stack: ``mean``, or ``learned`` (DeepSeek-V4's head: one
             sigmoid weight per stream and token).
         kernels: ``auto`` takes the fused kernels where the device has them, ``reference`` never.
+        fuse_norm: the fused kernels also make the sublayer's own RMSNorm, where that is a module of
+            its own (Transformer Engine's dense linears keep theirs): u is neither written nor read.
         lr_mult: learning rate of the connection's parameters relative to the model's.
         phi_weight_decay: weight decay of phi relative to the model's; alpha and b have none.
         recompute: Eq. (20)'s L_r: in training, of a block of this many sublayers (attention and
@@ -65,6 +67,7 @@ class MHCConfig:
     exit: str = "mean"
     kernels: str = "auto"
     sinkhorn: str = "paper"
+    fuse_norm: bool = True
     lr_mult: float = 1.0
     phi_weight_decay: float = 1.0
     recompute: int | str = 0
@@ -144,8 +147,8 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def _check_type(name: str, value: Any, kind: str) -> None:
-    wanted = {"int": int, "float": (int, float), "str": str}[kind]
-    if isinstance(value, bool) or not isinstance(value, wanted):
+    wanted = {"int": int, "float": (int, float), "str": str, "bool": bool}[kind]
+    if isinstance(value, bool) != (kind == "bool") or not isinstance(value, wanted):
         raise UserError(f"mhc: {name} must be of type {kind}, not {value!r}.")
     if kind == "float" and not math.isfinite(value):
         raise UserError(f"mhc: {name} must be finite, not {value}.")

@@ -101,6 +101,11 @@ def check_config(config: TransformerConfig) -> None:
             "mhc: inference_fuse_tp_communication adds the residual inside Megatron's kernel, "
             "where the streams cannot follow; turn it off."
         )
+    if config.fused_residual_rmsnorm:
+        raise UserError(
+            "mhc: fused_residual_rmsnorm adds the residual inside Transformer Engine's norm, where "
+            "the streams cannot follow; turn it off."
+        )
     norms = {"attn_norm", "mlp_norm"} & set(config.offload_modules or ())
     if config.fine_grained_activation_offloading and norms:
         raise UserError(
@@ -327,7 +332,7 @@ class HyperConnectedLayer(MegatronModule):
                 self.config.params_dtype if self.config.fp32_residual_connection else None
             ),
         )
-        norm.register_forward_pre_hook(lambda norm, inputs: (connection(inputs[0]), *inputs[1:]))
+        connection.read_before(norm, fuse=fuses_norm(norm, self.mhc, self.config))
         if self.mhc.recompute:
             norm.register_forward_hook(lambda norm, inputs, out: connection.normed(norm, out))
         return connection
@@ -338,6 +343,8 @@ class HyperConnectedLayer(MegatronModule):
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         if hidden_states.shape[-1] == self.C:
             hidden_states = enter(hidden_states, self.mhc.n)
+        first = self.attn_hc if hasattr(self, "attn_hc") else self.mlp_hc
+        hidden_states = first(hidden_states, head=True)
         hidden_states, context = super().forward(hidden_states, *args, **kwargs)
         if self.exit is not None:
             hidden_states = self.exit(hidden_states)
@@ -350,19 +357,34 @@ def hyper_connected(base: type[TransformerLayer]) -> type[TransformerLayer]:
     return type(f"HyperConnected{base.__name__}", (HyperConnectedLayer, base), {})
 
 
+def fuses_norm(norm: torch.nn.Module, mhc: MHCConfig, config: TransformerConfig) -> bool:
+    """Whether the connection's kernels make this norm: an RMSNorm on its own, on a GPU."""
+    return (
+        mhc.fuse_norm
+        and mhc.kernels == "auto"
+        and mhc.sinkhorn == "paper"
+        and config.normalization == "RMSNorm"
+        and not config.use_cpu_initialization
+        and parameter_device(config).type == "cuda"
+        and isinstance(getattr(norm, "weight", None), torch.Tensor)
+        and isinstance(getattr(norm, "eps", None), float)
+    )
+
+
 def recompute_norm(
     norm: torch.nn.Module, connection: HyperConnection, config: TransformerConfig
 ) -> None:
     """Selective recompute of ``norm``: its output is dropped once the sublayer has run.
 
-    Nothing to do where the run recomputes blocks, which drop the norms' outputs with the rest.
+    Nothing to do where the run recomputes blocks, which drop the norms' outputs with the rest, or
+    where the read makes norm(u), and u is not kept in the first place.
 
     Megatron would run the read again with the norm, and its second H_post and H_res would be
     nobody's. Here the read stays outside: u [s, b, C] is kept, norm(u) is made again.
     ``HyperConnection.write`` sees the sublayer's output and drops norm(u) there, where
     transformer_layer.py:684 does.
     """
-    if connection.mhc.recompute:
+    if connection.mhc.recompute or fuses_norm(norm, connection.mhc, config):
         return
     forward = norm.forward
 

@@ -82,8 +82,13 @@ class Recompute:
 
     # ------------------------------------------------------------------ called by the connections
 
-    def read(self, position: int, x: Tensor, u: Tensor, H_pre: Tensor) -> None:
-        """The sublayer at ``position`` has read u [s, b, C] from x [s, b, n*C]."""
+    def read(
+        self, position: int, x: Tensor, u: Tensor, H_pre: Tensor, norm_weight: Tensor | None = None
+    ) -> None:
+        """The sublayer at ``position`` has read u [s, b, C] from x [s, b, n*C].
+
+        norm_weight [C]: of the norm that the read made with u.
+        """
         block, self._open = self._open, None
         if not torch.is_grad_enabled():
             return
@@ -95,7 +100,8 @@ class Recompute:
         elif in_sequence and not block.closed:
             self._open = block
         if self._open is not None:
-            self._open.sublayers.append(Sublayer(x.detach(), u.detach(), H_pre))
+            weight = None if norm_weight is None else norm_weight.detach()
+            self._open.sublayers.append(Sublayer(x.detach(), u.detach(), H_pre, weight))
 
     def normed(self, position: int, norm: nn.Module, out: Tensor) -> None:
         """The norm of the sublayer at ``position`` has made ``out`` of its u."""
@@ -183,6 +189,7 @@ class Sublayer:
     x: Tensor
     u: Tensor
     H_pre: Tensor
+    norm_weight: Tensor | None = None
     norm: nn.Module | None = None
     normed: Tensor | None = None
     write: Write | None = None
@@ -298,6 +305,7 @@ class Block:
             [write.H_res for write in writes],
             [sublayer.H_pre for sublayer in self.sublayers],
             y_bias=[write.y_bias for write in writes],
+            norm_weight=[sublayer.norm_weight for sublayer in self.sublayers],
             out=(streams, reads),
         )
         for sublayer, of, u in zip(self.sublayers, filled, reads, strict=True):

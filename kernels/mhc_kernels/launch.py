@@ -564,6 +564,7 @@ def refill(
     H_post: list[Tensor],
     H_res: list[Tensor] | None,
     H_pre: list[Tensor],
+    norm_weight: list[Tensor | None],
     x_next: list[Tensor],
     u: list[Tensor],
 ) -> None:
@@ -576,12 +577,18 @@ def refill(
         part = slice(first, min(first + REFILL_LAYERS, len(y)))
         opens = ahead if first == 0 else 0
         reads = slice(part.start + ahead - opens, part.stop + ahead)
-        biases = tuple(bias if bias is not None else x for bias in y_bias[part])
-        has_bias = sum(1 << i for i, bias in enumerate(y_bias[part]) if bias is not None)
+        biases, has_bias = _given(y_bias[part], x)
+        weights, has_norm = _given(norm_weight[reads], x)
         refill_kernel[_grid(s.C // b.BC, triton.cdiv(s.T, b.BT))](
             x, tuple(y[part]), biases, tuple(H_post[part]), tuple(H_res[part]) if H_res else (),
-            tuple(H_pre[reads]), tuple(x_next[part]), tuple(u[reads]), s.T,
+            tuple(H_pre[reads]), weights, tuple(x_next[part]), tuple(u[reads]), s.T,
             L=part.stop - first, FIRST=opens, n=s.n, C=s.C, BT=b.BT, BC=b.BC, RES=bool(H_res),
-            Y_BIAS=has_bias, **s.options(b),
+            Y_BIAS=has_bias, NORM=has_norm, **s.options(b),
         )  # fmt: skip
         x = x_next[part][-1] if y else x
+
+
+def _given(tensors: list[Tensor | None], other: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    """The tensors, ``other`` where there is none, and a bit mask of those that there are."""
+    mask = sum(1 << i for i, t in enumerate(tensors) if t is not None)
+    return tuple(other if t is None else t for t in tensors), mask

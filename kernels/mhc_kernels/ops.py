@@ -170,19 +170,19 @@ def _(x, y, y_bias, H_post, H_res, g):
 @torch.library.custom_op("mhc_kernels::refill", mutates_args=("x_next", "u"))
 def refill_op(
     x: Tensor, y: list[Tensor], y_bias: list[Tensor], H_post: list[Tensor], H_res: list[Tensor],
-    H_pre: list[Tensor], x_next: list[Tensor], u: list[Tensor],
+    H_pre: list[Tensor], norm_weight: list[Tensor], x_next: list[Tensor], u: list[Tensor],
 ) -> None:  # fmt: skip
-    """Writes x_next and u. H_res empty: the identity; an empty y_bias: none."""
+    """Writes x_next and u. H_res empty: the identity; an empty y_bias or norm_weight: none."""
     if x.numel() == 0:
         return
     s, x, y = Plan(x), _ready(x), [_ready(t) for t in y]
-    biases = [t if t.numel() else None for t in y_bias]
+    biases, weights = ([t if t.numel() else None for t in ts] for ts in (y_bias, norm_weight))
     with torch.cuda.device_of(x):
-        launch.refill(s, x, y, biases, H_post, H_res or None, H_pre, x_next, u)
+        launch.refill(s, x, y, biases, H_post, H_res or None, H_pre, weights, x_next, u)
 
 
 @refill_op.register_fake
-def _(x, y, y_bias, H_post, H_res, H_pre, x_next, u):
+def _(x, y, y_bias, H_post, H_res, H_pre, norm_weight, x_next, u):
     return None
 
 
@@ -277,8 +277,9 @@ class Enter(torch.autograd.Function):
         inputs = (x, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps)
         output = pre_op(*inputs)
         _pre_context(ctx, inputs, output)
-        return (x.view_as(x), *output[:3])
+        ctx.mark_non_differentiable(output[6])
+        return (x.view_as(x), *output[:3], output[6])
 
     @staticmethod
-    def backward(ctx, g, du, dH_post, dH_res):
+    def backward(ctx, g, du, dH_post, dH_res, _):
         return _pre_gradients(ctx, g, du, dH_post, dH_res)

@@ -114,12 +114,12 @@ def read_kernel(
         projected_ptr, parts, part_rows * KP, inverse_rms, alpha_ptr, bias_ptr, permutations_ptr,
         p_ptr, H_post_ptr, H_res_ptr, rows, mask, n, K, KP, R, RP, BT, VARIANT, ITERATIONS,
     )  # fmt: skip
-    at_pre = rows[:, None] * n + tl.arange(0, n)[None, :]
-    tl.store(H_pre_ptr + at_pre, H_pre, mask=mask[:, None])
     if NORM:
         H_pre *= read_scale(
             gram_parts_ptr, gram_ptr, H_pre, rows, mask, parts, part_rows, norm_eps, n, C
         )[:, None]
+    at_pre = rows[:, None] * n + tl.arange(0, n)[None, :]
+    tl.store(H_pre_ptr + at_pre, H_pre, mask=mask[:, None])
     weights = ()
     for i in tl.static_range(n):
         weights = weights + (column_of(H_pre, i, n)[:, None],)

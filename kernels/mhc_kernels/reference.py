@@ -187,7 +187,8 @@ def mhc_pre(
 
     Returns u [..., C] in x's dtype, H_post and H_res in float32 (float64 for a float64 x). With
     ``norm_weight`` [C], u is RMSNorm(H_pre x) * norm_weight, the sublayer's own input norm.
-    ``with_H_pre`` adds H_pre [..., n], detached, for ``mhc_refill``.
+    ``with_H_pre`` adds H_pre [..., n], detached, for ``mhc_refill``; it carries the norm's 1 / rms
+    where there is one.
     """
     H_pre, H_post, H_res = coefficients(
         x,
@@ -201,7 +202,8 @@ def mhc_pre(
     )
     u = _mix(H_pre, x)
     if norm_weight is not None:
-        u = u * torch.rsqrt(u.square().mean(dim=-1, keepdim=True) + norm_eps) * norm_weight
+        inverse = torch.rsqrt(u.square().mean(dim=-1, keepdim=True) + norm_eps)
+        u, H_pre = u * inverse * norm_weight, H_pre * inverse
     read = u.to(x.dtype), H_post, H_res
     return (*read, H_pre.detach()) if with_H_pre else read
 
@@ -259,6 +261,7 @@ def mhc_refill(
     H_pre: list[Tensor],
     *,
     y_bias: list[Tensor | None] | None = None,
+    norm_weight: list[Tensor | None] | None = None,
     out: tuple[list[Tensor], list[Tensor]] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The streams after every sublayer of a block and what the next one reads, Eq. (20).
@@ -266,20 +269,28 @@ def mhc_refill(
     x [..., n, C] enters the block; sublayer l ends with ``mhc_post`` (y[l], H_post[l], H_res[l],
     y_bias[l]), and the next reads with H_pre[l] [..., n]. Returns lists of x_next [..., n, C] and u
     [..., C], copied to ``out`` where given. One H_pre more than y: the first reads x itself.
+    ``norm_weight``: of the norm that a read carries (``mhc_pre``), or None.
     """
     ahead, absent = len(H_pre) - len(y), [None] * len(y)
-    streams, reads = [], [_mix(pre, x).to(x.dtype) for pre in H_pre[:ahead]]
-    for y_l, post, res, bias, pre in zip(
-        y, H_post, H_res or absent, y_bias or absent, H_pre[ahead:], strict=True
+    weights = norm_weight or [None] * len(H_pre)
+    streams, reads = [], [_read(*of, x) for of in zip(H_pre[:ahead], weights, strict=False)]
+    for y_l, post, res, bias, pre, weight in zip(
+        y, H_post, H_res or absent, y_bias or absent, H_pre[ahead:], weights[ahead:], strict=True
     ):
         x = mhc_post(x, y_l, post, res, bias)
         streams.append(x)
-        reads.append(_mix(pre, x).to(x.dtype))
+        reads.append(_read(pre, weight, x))
     if out is None:
         return streams, reads
     for target, value in zip((*out[0], *out[1]), (*streams, *reads), strict=True):
         target.copy_(value)
     return out
+
+
+def _read(H_pre: Tensor, norm_weight: Tensor | None, x: Tensor) -> Tensor:
+    """u of a refill; H_pre carries 1 / rms where there is a norm's weight."""
+    u = _mix(H_pre, x)
+    return (u if norm_weight is None else u * norm_weight).to(x.dtype)
 
 
 def _mix(H_pre: Tensor, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ def refill_kernel(
     H_post_ptrs,
     H_res_ptrs,
     H_pre_ptrs,
+    norm_weight_ptrs,
     x_next_ptrs,
     u_ptrs,
     T,
@@ -33,12 +34,14 @@ def refill_kernel(
     BC: tl.constexpr,
     RES: tl.constexpr,
     Y_BIAS: tl.constexpr,
+    NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """L boundaries for one tile [BT, BC] of every stream; the ``_ptrs`` are tuples of tensors.
 
     FIRST is 1 where H_pre_ptrs and u_ptrs have an entry more: the read of x itself comes first.
-    Bit l of Y_BIAS says that sublayer l's y has a bias (y_bias_ptrs[l], else unused).
+    Bit l of Y_BIAS says that sublayer l's y has a bias (y_bias_ptrs[l], else unused), bit l of NORM
+    that read l is normed: its H_pre carries 1 / rms, norm_weight_ptrs[l] the weight.
     """
     wait_for_inputs(PDL)
     rows = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)
@@ -51,7 +54,10 @@ def refill_kernel(
     for i in tl.static_range(n):
         x = x + (tl.load(x_ptr + at + i * C, mask=inside, other=0.0).to(tl.float32),)
     if FIRST:
-        write_read(x, H_pre_ptrs[0], u_ptrs[0], rows, at_u, mask, n, BT, BC)
+        write_read(
+            x, H_pre_ptrs[0], norm_weight_ptrs[0], u_ptrs[0], rows, channels, at_u, mask, n, BT, BC,
+            NORM & 1,
+        )  # fmt: skip
     for layer in tl.static_range(L):
         y = tl.load(y_ptrs[layer] + at_u, mask=inside, other=0.0).to(tl.float32)
         if (Y_BIAS >> layer) & 1:
@@ -68,17 +74,21 @@ def refill_kernel(
             following = following + (out.to(tl.float32),)
         x = following
         write_read(
-            x, H_pre_ptrs[layer + FIRST], u_ptrs[layer + FIRST], rows, at_u, mask, n, BT, BC
-        )
+            x, H_pre_ptrs[layer + FIRST], norm_weight_ptrs[layer + FIRST], u_ptrs[layer + FIRST],
+            rows, channels, at_u, mask, n, BT, BC, (NORM >> (layer + FIRST)) & 1,
+        )  # fmt: skip
 
 
 @triton.jit
 def write_read(
-    x, H_pre_ptr, u_ptr, rows, at_u, mask, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
-):
-    """u = H_pre x of a tile, to memory."""
+    x, H_pre_ptr, norm_weight_ptr, u_ptr, rows, channels, at_u, mask,
+    n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """u = H_pre x of a tile (NORM: times the norm's weight), to memory."""
     H_pre = load_columns(H_pre_ptr, rows, n, 0, n, mask)
     u = tl.zeros([BT, BC], tl.float32)
     for i in tl.static_range(n):
         u += H_pre[i][:, None] * x[i]
+    if NORM:
+        u *= tl.load(norm_weight_ptr + channels).to(tl.float32)[None, :]
     tl.store(u_ptr + at_u, u.to(u_ptr.dtype.element_ty), mask=mask[:, None])
