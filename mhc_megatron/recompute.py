@@ -27,6 +27,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import weakref
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -224,6 +225,8 @@ class Block:
         self.closed = self.dropped = False
         self._before = before
         self._targets: list[Targets] = []
+        #: From the refill until the block's backward: scratch memory is in use on another stream.
+        self._memory: list[Filled] = []
         self._make: Refill | None = None
         self._filled: torch.cuda.Event | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -272,9 +275,9 @@ class Block:
         if not self.dropped:
             return
         self.dropped = False
-        filled = [target.allocate() for target in self._targets]
+        self._memory = [target.allocate() for target in self._targets]
         with _beside(self.x) as self._filled:
-            self._fill(filled)
+            self._fill(self._memory)
 
     def _before_backward(self) -> None:
         """The gradient of the block's last x is complete; what is upstream of it runs next."""
@@ -286,18 +289,13 @@ class Block:
                 for tensor in self._inputs():
                     tensor.record_stream(side_stream(tensor.device))
             now.wait_event(self._filled)
-        self.sublayers, self._targets, self._filled = [], [], None
+        self.sublayers, self._targets, self._memory, self._filled = [], [], [], None
         self.x = self.x.new_empty(0)
 
-    @torch.no_grad()
     def _fill(self, filled: list[Filled]) -> None:
         x = self.x.unflatten(-1, (self.n, -1))
         writes = [sublayer.write for sublayer in self.sublayers[:-1]]
-        # Scratch memory in the place of what nobody kept.
-        streams = [
-            torch.empty_like(x) if of.x is None else of.x.view(x.shape) for of in filled[1:]
-        ]
-        reads = [x.new_empty(*x.shape[:-2], x.shape[-1]) if of.u is None else of.u for of in filled]
+        reads = [of.u for of in filled]
         self._make(
             x,
             [write.y for write in writes],
@@ -306,12 +304,15 @@ class Block:
             [sublayer.H_pre for sublayer in self.sublayers],
             y_bias=[write.y_bias for write in writes],
             norm_weight=[sublayer.norm_weight for sublayer in self.sublayers],
-            out=(streams, reads),
+            out=([of.x.view(x.shape) for of in filled[1:]], reads),
         )
         for sublayer, of, u in zip(self.sublayers, filled, reads, strict=True):
             if of.normed is not None:
+                # With gradients on, as in the forward: the same kernels, whatever the norm is.
                 # Not through __call__: its hooks would read the streams again.
-                of.normed.copy_(sublayer.norm.forward(u))
+                with torch.enable_grad():
+                    made = sublayer.norm.forward(u.requires_grad_())
+                of.normed.copy_(made.detach())
 
     def _inputs(self) -> list[Tensor]:
         tensors = [self.x]
@@ -340,21 +341,26 @@ class Dropped:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
         tensor.untyped_storage().resize_(0)
 
-    def allocate(self) -> Tensor | None:
-        """A tensor in the storage, as large as before; None where nobody kept it."""
+    @property
+    def kept(self) -> bool:
+        """Whether something saved it for backward."""
+        return not self._storage.expired()
+
+    def allocate(self) -> Tensor:
+        """The tensor with its memory, as large as before; memory of its own if it is not kept."""
         storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
         if storage is None:
-            return None
+            return torch.empty_strided(*self._place[1:], dtype=self._dtype, device=self._device)
         storage.resize_(self.bytes)
         return torch.empty(0, dtype=self._dtype, device=self._device).set_(storage, *self._place)
 
 
 @dataclass
 class Filled:
-    """Memory to fill for one sublayer; None for what is kept or not needed."""
+    """Memory to fill for one sublayer. x: None for the block's first; normed: None if not kept."""
 
     x: Tensor | None
-    u: Tensor | None
+    u: Tensor
     normed: Tensor | None
 
 
@@ -380,7 +386,9 @@ class Targets:
                 dropped.drop()
 
     def allocate(self) -> Filled:
-        return Filled(*(d and d.allocate() for d in (self.x, self.u, self.normed)))
+        """Memory again. x and u are on the way to what follows, whether kept or not."""
+        normed = self.normed if self.normed is not None and self.normed.kept else None
+        return Filled(self.x and self.x.allocate(), self.u.allocate(), normed and normed.allocate())
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:
@@ -440,29 +448,27 @@ def recompute_of(mhc: MHCConfig, config: TransformerConfig, rank: int) -> Recomp
     return Recompute(mhc.n, mhc.recompute, in_flight)
 
 
-def check_recompute(config: TransformerConfig, mhc: MHCConfig) -> None:
-    """Settings of a model that exclude recompute of blocks.
+def check_recompute(config: TransformerConfig | Namespace, mhc: MHCConfig) -> None:
+    """Settings of a model (or of a run: Megatron's arguments) that exclude recompute of blocks.
 
     Raises:
         UserError: with what to change.
     """
     if not (mhc.enabled and mhc.recompute):
         return
-    refused = [
-        (
-            config.recompute_granularity == "full",
-            "recompute-granularity full makes whole layers again, x_l with them",
-        ),
-        (
-            config.cuda_graph_impl not in (None, "none"),
-            f"cuda-graph-impl {config.cuda_graph_impl} captures layers whose memory must not move",
-        ),
-        (config.cpu_offloading, "cpu-offloading moves what a block drops"),
-        (
-            config.fine_grained_activation_offloading,
-            "fine-grained-activation-offloading moves what a block drops",
-        ),
-    ]
-    for holds, why in refused:
+    offloads = getattr(config, "fine_grained_activation_offloading", False)
+    graphs = getattr(config, "cuda_graph_impl", None) or "none"
+    refused = {
+        "recompute-granularity full makes whole layers again": config.recompute_granularity
+        == "full",
+        f"cuda-graph-impl {graphs} captures memory that a block gives back": graphs != "none",
+        "fine-grained-activation-offloading moves what a block drops": offloads,
+        "cpu-offloading moves what a block drops": getattr(config, "cpu_offloading", False),
+        "FSDP has no weights for the norms that backward makes again": getattr(
+            config, "use_megatron_fsdp", False
+        )
+        or getattr(config, "use_torch_fsdp2", False),
+    }
+    for why, holds in refused.items():
         if holds:
             raise UserError(f"mhc: recompute {mhc.recompute}: {why}; use one of the two.")

@@ -58,6 +58,7 @@ from mhc_megatron.errors import UserError
 from mhc_megatron.layer_spec import mhc_layer_spec
 from mhc_megatron.optimizer import group_connections
 from mhc_megatron.pipeline import embedding_ranks, widen_pipeline
+from mhc_megatron.recompute import check_recompute
 
 #: Megatron's threshold: a loss this many times the largest seen so far is a spike.
 SPIKY_LOSS_FACTOR = 10
@@ -358,8 +359,9 @@ def check_arguments(args: Namespace) -> None:
         )
     if not args.mock_data and get_blend_and_blend_per_split(args) == (None, None):
         raise UserError("no data: set data-path, or mock-data: true.")
-    half = args.bf16 or args.fp16
-    if half and MHCConfig(**args.mhc).enabled and not args.use_distributed_optimizer:
+    mhc, half = MHCConfig(**args.mhc), args.bf16 or args.fp16
+    check_recompute(args, mhc)
+    if half and mhc.enabled and not args.use_distributed_optimizer:
         # core/optimizer/optimizer.py:1138 numbers the half-precision parameters alone, where the
         # state that it saves numbers all of them.
         raise UserError(

@@ -51,6 +51,12 @@ def test_values_and_gradients_in_the_interpreter(interpreted, number):
         assert error < max(limit, 3 * line["errors"]["eager"][name]), (name, error)
 
 
+@pytest.mark.parametrize("number", range(len(kernel_cases.INTERPRETER_CASES)))
+def test_a_refill_gives_the_forwards_bits(interpreted, number):
+    same = interpreted[number]["refilled"]
+    assert len(same) == 5 and all(same.values()), same
+
+
 def flat_calls(n: int, C: int, variant: str, dtype: torch.dtype, norm: bool, alone: bool):
     """Runs the launches of a boundary, forward and backward; ``alone``: of a pre and a post too."""
     T, K = 96, reference.phi_rows(n, variant)
@@ -81,6 +87,33 @@ def flat_calls(n: int, C: int, variant: str, dtype: torch.dtype, norm: bool, alo
             launch.norm_weight_grad(s, x, y, logits.token, weight)
 
     return run
+
+
+def refill_calls(L: int, variant: str, dtype: torch.dtype):
+    """Launches of a block's refill, its first read included, every other y with a bias."""
+    T, n, C = 96, 4, 2560
+    x, y, u = torch.zeros(T, n, C, dtype=dtype), torch.zeros(T, C, dtype=dtype), torch.zeros(T, C)
+    H, H_res = torch.zeros(T, n), torch.zeros(T, n, n)
+
+    def run():
+        launch.refill(
+            launch.Plan(x), x, [y] * L, [y[0] if i % 2 else None for i in range(L)], [H] * L,
+            None if variant == "identity" else [H_res] * L, [H] * (L + 1), [x] * L,
+            [u.to(dtype)] * (L + 1),
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "L, variant",
+    [(0, "mhc"), (3, "mhc"), (3, "identity"), pytest.param(9, "mhc", marks=pytest.mark.slow)],
+)
+def test_refill_compiles(monkeypatch, L, variant):
+    calls = record(monkeypatch, 90, refill_calls(L, variant, torch.bfloat16))
+    assert len(calls) == max(1, -(-L // launch.REFILL_LAYERS))
+    for call in calls:
+        check(compile_call(call, 90), 90, stack=16)
 
 
 def check(usage: Usage, arch: int, stack: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,56 +19,88 @@ def cluster():
         yield cluster
 
 
-#: kind, layout, mhc.recompute, L_r of this rank's chunks. Three sublayers to a block: blocks begin
-#: at attention and at the MLP, and the last one is shorter. A prediction layer has two sublayers of
-#: its own; in a hybrid stack every layer is one.
-CASES: list[tuple[str, dict[str, Any], int | str, list[int]]] = [
-    ("dense", {}, 1, [1]),
-    ("dense", {}, 8, [8]),
-    ("dense", {}, "auto", [2]),
-    ("dense", selective("core_attn"), 3, [3]),
-    ("dense", selective("layernorm", "mlp"), 3, [3]),
-    ("biases, LayerNorm, GELU, learned positions", {}, 3, [3]),
-    ("grouped queries, QK norm", {}, 3, [3]),
-    ("hidden dropout 0.1", {}, 3, [3]),
-    ("bf16", {}, 3, [3]),
-    ("fp32 residual, bf16", {}, 3, [3]),
-    ("MoE alltoall", {}, 3, [3]),
-    ("MoE alltoall", selective("moe", "layernorm"), 3, [3]),
-    ("MoE allgather", {}, 3, [3]),
-    ("MoE, shared expert, loss-free balancing", {}, 3, [3]),
-    ("MoE, auxiliary loss", {}, 3, [3]),
-    ("MLA", {}, 3, [3]),
-    ("MTP of depth 2", {}, 3, [3, 2, 2]),
-    ("MLA, MoE, MTP", {}, 3, [3, 2]),
-    ("hybrid *-", {}, 3, [3]),
-    ("hybrid *E", {}, 3, [3]),
-    ("hybrid *- with MTP", {}, 3, [3, 2]),
-    ("dense", {"world": 2, **DISTRIBUTED_OPTIMIZER}, 3, [3]),
-    ("dense", {"world": 2, "tp": 2, "sp": True}, 3, [3]),
-    ("dense", {"world": 2, "pp": 2}, 3, [3]),
-    ("dense, 8 layers", {"world": 2, "pp": 2, "vp": 2}, 3, [3, 3]),
-    ("dense", {"world": 4, "pp": 2, **OVERLAPPED}, 2, [2]),
-    ("MoE alltoall", {"world": 2, "ep": 2, **DISTRIBUTED_OPTIMIZER}, 3, [3]),
-    ("MLA, MoE", {"world": 4, "ep": 2, "pp": 2, "vp": 2}, "auto", [2, 2]),
+@dataclass(frozen=True)
+class Case:
+    """A kind of model and a layout, mhc.recompute, and the L_r of each run of sublayers.
+
+    Three sublayers to a block of four layers: blocks begin at attention and at the MLP, the last
+    one is shorter. A prediction layer is a run of its own; in a hybrid stack a layer is a sublayer.
+    """
+
+    kind: str
+    layout: dict[str, Any]
+    recompute: int | str = 3
+    L_r: tuple[int, ...] = (3,)
+    slow: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.kind} | {' '.join(map(str, self.layout.values()))} | {self.recompute}"
+
+
+CASES = [
+    Case("dense", {}, 1, (1,)),
+    Case("dense", {}, 8, (8,), slow=True),
+    Case("dense", {}, "auto", (2,)),
+    Case("dense", selective("core_attn"), slow=True),
+    Case("dense", selective("layernorm", "mlp")),
+    Case("biases, LayerNorm, GELU, learned positions", {}),
+    Case("grouped queries, QK norm", {}, slow=True),
+    Case("hidden dropout 0.1", {}),
+    Case("bf16", {}),
+    Case("fp32 residual, bf16", {}),
+    Case("MoE alltoall", {}, slow=True),
+    Case("MoE alltoall", selective("moe", "layernorm")),
+    Case("MoE allgather", {}, slow=True),
+    Case("MoE, shared expert, loss-free balancing", {}),
+    Case("MoE, auxiliary loss", {}, slow=True),
+    Case("MLA", {}, slow=True),
+    Case("MTP of depth 2", {}, L_r=(3, 2, 2), slow=True),
+    Case("MLA, MoE, MTP", {}, L_r=(3, 2)),
+    Case("hybrid *-", {}, slow=True),
+    Case("hybrid *E", {}),
+    Case("hybrid *- with MTP", {}, L_r=(3, 2)),
+    Case("dense", {"world": 2, **DISTRIBUTED_OPTIMIZER}, slow=True),
+    Case("dense", {"world": 2, "tp": 2, "sp": True}, slow=True),
+    Case("dense", {"world": 2, "pp": 2}),
+    Case("dense, 8 layers", {"world": 2, "pp": 2, "vp": 2}, L_r=(3, 3)),
+    Case("dense", {"world": 4, "pp": 2, **OVERLAPPED}, 2, (2,)),
+    Case("MoE alltoall", {"world": 2, "ep": 2, **DISTRIBUTED_OPTIMIZER}, slow=True),
+    Case("MLA, MoE", {"world": 4, "ep": 2, "pp": 2, "vp": 2}, "auto", (2, 2), slow=True),
 ]
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout", "L_r", "chosen"),
-    [
-        pytest.param(*case, id=f"{case[0]} | {' '.join(map(str, case[1].values()))} | {case[2]}")
-        for case in CASES
-    ],
+    "case",
+    [pytest.param(c, id=str(c), marks=[pytest.mark.slow] if c.slow else []) for c in CASES],
 )
-def test_the_same_bits(
-    cluster: Cluster, kind: str, layout: dict[str, Any], L_r: int | str, chosen: list[int]
-) -> None:
-    job = {"kind": KINDS[kind], "layout": layout, "recompute": L_r}
-    ranks = cluster.run("tests.distributed.recompute_job:compare", layout.get("world", 1), job)
-    for rank in ranks:
+def test_the_same_bits(cluster: Cluster, case: Case) -> None:
+    job = {"kind": KINDS[case.kind], "layout": case.layout, "recompute": case.recompute}
+    world = case.layout.get("world", 1)
+    for rank in cluster.run("tests.distributed.recompute_job:compare", world, job):
         assert rank["recomputed"] == rank["kept"]
         assert len(set(rank["kept"])) == 2
-        assert rank["L_r"] == chosen
+        assert tuple(rank["L_r"]) == case.L_r
         assert rank["dropped"]["u"] > 0 and rank["dropped"]["normed"] > 0
-        assert (rank["dropped"]["x"] > 0) == (max(chosen) > 1)
+        assert (rank["dropped"]["x"] > 0) == (max(case.L_r) > 1)
+
+
+def test_saved_and_resumed(cluster: Cluster, tmp_path) -> None:
+    """A run that stops, and goes on with another L_r, is the run without recompute, to the bit."""
+    job = {
+        "kind": KINDS["MLA, MoE, MTP"],
+        "layout": {"world": 2, "pp": 2},
+        **DISTRIBUTED_OPTIMIZER,
+        "sharding": "fully_reshardable",
+    }
+    start, half = str(tmp_path / "start"), str(tmp_path / "half")
+
+    def train(recompute: int | str, **more) -> list[dict[str, Any]]:
+        settings = job | {"mhc": {"recompute": recompute}, "steps": 2, **more}
+        return cluster.run("tests.distributed.job:train", 2, settings)
+
+    whole = train(0, steps=4, save_initial=start)
+    first = train(3, load=start, save=half)
+    second = train("auto", first_step=2, load=half, resume=True)
+    for rank in range(2):
+        for what in ("loss", "grad_norm"):
+            assert first[rank][what] + second[rank][what] == whole[rank][what]
