@@ -13,8 +13,6 @@ import dataclasses
 import functools
 import math
 import os
-import sys
-import time
 from collections.abc import Callable
 from typing import TextIO
 

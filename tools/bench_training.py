@@ -129,7 +129,7 @@ def _bench(columns, part, options: argparse.Namespace, on_gpu: bool):
         raise
     except torch.cuda.OutOfMemoryError as error:
         _fail(group, f"out of GPU memory; fewer --layers, --tokens or --variants fit ({error})")
-    except (Exception, SystemExit) as error:  # the next precision can still be measured; the log has it all
+    except (Exception, SystemExit) as error:  # the next precision may go
         traceback.print_exc()
         _fail(group, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
     built.clear()

@@ -152,7 +152,7 @@ class Model:
         self._losses = losses
 
     def loss(self) -> float | None:
-        """Mean loss a token of the last step's last microbatch; None on other stages than the last."""
+        """Mean loss a token of the last microbatch; None on other stages than the last."""
         if not self._losses:
             return None
         total, tokens = self._losses[-1]["lm loss"].tolist()

@@ -1,4 +1,4 @@
-"""Other libraries' mHC kernels in our layer: the rest of the model is the same to the last module."""
+"""Other libraries' mHC kernels in our layer: the rest of the model stays the same."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class Group:
         return found
 
     def derived(self, result: Result, layers: int, full: int) -> float | None:
-        """Added kernel time at the configuration's full depth, if each layer costs the slice's mean.
+        """Added kernel time at full depth, if each layer costs the slice's mean.
 
         Derived from the slice, not measured; None where the vocabulary's part is not known.
         """
