@@ -82,7 +82,8 @@ class Observer:
     def _train(self, original: Callable, forward_step_func, model, *rest, **kwargs):
         args = get_args()
         self.iteration = args.iteration
-        if self.mhc.enabled and self.stability_interval:
+        # A replayed CUDA graph runs no Python, and so no observer of H_res.
+        if self.mhc.enabled and self.stability_interval and args.cuda_graph_impl == "none":
             self.monitor = Monitor(model)
         counts = _count_parameters(model)
         if is_last_rank():

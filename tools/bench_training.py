@@ -47,7 +47,8 @@ from launch.environment import redirect_output  # noqa: E402
 from mhc_megatron.errors import UserError  # noqa: E402
 
 _START = time.monotonic()
-_console: TextIO = sys.stderr
+#: Where the bench itself writes, once all other output goes to a log.
+_console: TextIO | None = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(options, arguments)
     except UserError as error:
-        print(f"bench_training: {error}", file=_console)
+        print(f"bench_training: {error}", file=_console or sys.stderr)
         return 2
     except Exception as error:  # the traceback goes to the log, one line to the terminal
         traceback.print_exc()
-        print(f"bench_training: {type(error).__name__}: {error}", file=_console)
+        print(f"bench_training: {type(error).__name__}: {error}", file=_console or sys.stderr)
         return 1
 
 
@@ -134,6 +135,7 @@ def _bench(columns, part, options: argparse.Namespace, on_gpu: bool):
         _fail(group, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
     built.clear()
     gc.collect()
+    models.forget()
     torch.cuda.empty_cache()
     return group
 
@@ -332,7 +334,7 @@ def _software() -> str:
 
 
 def _say(message: str) -> None:
-    print(f"[{time.monotonic() - _START:5.0f} s] {message}", file=_console, flush=True)
+    print(f"[{time.monotonic() - _START:5.0f} s] {message}", file=_console or sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -151,6 +151,11 @@ def cut(
     full = values.get("num-layers")
     if not isinstance(full, int):
         raise UserError(f"{path} has no num-layers.")
+    if values.get("cuda-graph-impl") in ("transformer_engine", "full_iteration"):
+        raise UserError(
+            f"cuda-graph-impl {values['cuda-graph-impl']} is captured by the trainer's loop, which "
+            "the bench does not run; local graphs can be measured."
+        )
     overrides: dict[str, Any] = {}
     if layers is not None:
         if not 1 <= layers <= full:

@@ -64,6 +64,15 @@ def start(part: Slice, precision: str) -> Namespace:
     return args
 
 
+def forget() -> None:
+    """Drop what Transformer Engine keeps of the models of a precision (FP8 scales by recipe)."""
+    try:
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+    except ImportError:
+        return
+    FP8GlobalStateManager.reset()
+
+
 class Model:
     """A column's model and one training step of it.
 
