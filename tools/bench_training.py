@@ -334,7 +334,8 @@ def _software() -> str:
 
 
 def _say(message: str) -> None:
-    print(f"[{time.monotonic() - _START:5.0f} s] {message}", file=_console or sys.stderr, flush=True)
+    elapsed = time.monotonic() - _START
+    print(f"[{elapsed:5.0f} s] {message}", file=_console or sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
