@@ -89,9 +89,17 @@ def _main(options: argparse.Namespace, arguments: list[str]) -> int:
 
     run = results.Run(_header(arguments, options, part, on_gpu), part.layers, part.full_layers)
     paths: list[Path] = []
-    for precision in dict.fromkeys(column.precision for column in columns):
+    precisions = list(dict.fromkeys(column.precision for column in columns))
+    for precision in precisions:
         chosen = [column for column in columns if column.precision == precision]
-        run.groups.append(_bench(chosen, part, options, on_gpu))
+        try:
+            group = _bench(chosen, part, options, on_gpu)
+        except UserError as error:  # what one recipe contradicts another may allow
+            if len(precisions) == 1:
+                raise
+            group = results.Group(precision, [results.Result(column) for column in chosen])
+            _fail(group, str(error))
+        run.groups.append(group)
         if rank == 0:  # after every precision: a long run that breaks off keeps what it has
             paths = results.write(run, options.out, options.plot)
     if rank == 0:

@@ -246,12 +246,15 @@ def test_graphs_of_the_trainer(graphs, tmp_path):
 # ------------------------------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.parametrize("weights", ["bf16 weights", "fp8 weights"])
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
-def test_a_resumed_fp8_run_goes_on_equal(recipe, tmp_path):
+def test_a_resumed_fp8_run_goes_on_equal(recipe, weights, tmp_path):
     """Eight steps, and four, saved, then four more: the same losses."""
     config = write(tmp_path, "dense")
     form = "e4m3" if recipe == "blockwise" else "hybrid"
     common = (*RUN, "train-iters=8", f"fp8-format={form}", f"fp8-recipe={recipe}")
+    if weights == "fp8 weights":
+        common = (*common, "fp8-param-gather=true")
     whole = pretrain(config, tmp_path / "whole", *common)
     pretrain(config, tmp_path / "run", *common, "exit-interval=4", "save-interval=4")
     parts = pretrain(config, tmp_path / "run", *common)
