@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib.util
 import os
 import signal
-import socket
 import sys
 import traceback
 from typing import Any, TextIO
@@ -29,6 +27,7 @@ for _path in (os.path.join(_ROOT, "kernels"), _ROOT):
     if _path not in sys.path:
         sys.path.insert(0, _path)
 
+from launch.environment import fusions, redirect_output, single_process  # noqa: E402
 from launch.settings import Settings, load, parse  # noqa: E402
 from mhc_megatron.errors import UserError  # noqa: E402
 
@@ -84,7 +83,7 @@ def _run(settings: Settings, console: TextIO | None) -> None:
 
     from mhc_megatron import cpu
 
-    _single_process_environment()
+    single_process()
     values = _defaults(settings) | settings.megatron
     if cpu.enabled() or not torch.cuda.is_available():
         cpu.enable()
@@ -123,17 +122,7 @@ def _defaults(settings: Settings) -> dict[str, Any]:
     if settings.megatron.get("bf16") or settings.megatron.get("fp16"):
         # The other one cannot save the connections' float32 parameters (training.check_arguments).
         values["use-distributed-optimizer"] = True
-    # What Megatron fuses by default comes from packages that may not be there.
-    if importlib.util.find_spec("transformer_engine") is None:
-        values |= {
-            "transformer-impl": "local",
-            "no-persist-layer-norm": True,
-            "no-masked-softmax-fusion": True,
-            "no-rope-fusion": True,
-        }
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA's Apex
-        values["no-gradient-accumulation-fusion"] = True
-    return values
+    return values | fusions()
 
 
 def _prepare_output(run_dir: str, verbose: bool) -> TextIO:
@@ -144,8 +133,6 @@ def _prepare_output(run_dir: str, verbose: bool) -> TextIO:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         if verbose:
             return sys.stdout
-        from mhc_megatron.observer import redirect_output
-
         return redirect_output(_log_path(run_dir))
     except OSError as error:
         raise UserError(f"cannot write to the run's folder {run_dir}: {error.strerror}.") from error
@@ -153,17 +140,6 @@ def _prepare_output(run_dir: str, verbose: bool) -> TextIO:
 
 def _log_path(run_dir: str) -> str:
     return os.path.join(run_dir, "logs", f"rank-{os.environ.get('RANK', '0')}.log")
-
-
-def _single_process_environment() -> None:
-    """What torchrun would set, for one process started without it."""
-    if "WORLD_SIZE" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 def _save_on_interrupt() -> None:

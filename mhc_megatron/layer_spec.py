@@ -112,6 +112,31 @@ def check_config(config: TransformerConfig) -> None:
             f"mhc: offload-modules {' and '.join(sorted(norms))} frees the residual streams that a "
             "connection's backward reads; leave it out."
         )
+    _check_graphs(config)
+
+
+def _check_graphs(config: TransformerConfig) -> None:
+    """CUDA graphs that would cut through a connection.
+
+    A connection's read leaves H_post and H_res for its write. Both lie in the attention's part of
+    a layer, or both in the MLP's (``attn``, ``mlp`` and ``moe`` of ``cuda_graph_modules``). A graph
+    of the router alone has the read in it and the write behind it, and hands on Megatron's tensors
+    only (transformer_layer.py:1265); ``local`` graphs of parts of a layer are not tested.
+    """
+    parts = {part.name for part in config.cuda_graph_modules or ()}
+    if config.cuda_graph_impl not in ("local", "transformer_engine") or not parts:
+        return
+    cut = sorted(parts & {"moe_router", "moe_preprocess"})
+    if cut:
+        raise UserError(
+            f"mhc: cuda-graph-modules {' '.join(cut)} captures a connection's read without its "
+            "write; leave it out (attn can stay)."
+        )
+    if config.cuda_graph_impl == "local":
+        raise UserError(
+            f"mhc: cuda-graph-modules {' '.join(sorted(parts))} needs cuda-graph-impl: "
+            "transformer_engine; local graphs take whole layers."
+        )
 
 
 class Chain:
@@ -119,8 +144,9 @@ class Chain:
 
     Each learns which one follows it, so that a write and the next read are one launch. Not across
     layers that Megatron recomputes, captures or schedules one by one: a read made ahead would
-    leave the layer's boundary beside its output. Where the run recomputes, they also share the
-    blocks of their chunk.
+    leave the layer's boundary beside its output. Nor, where a CUDA graph holds a part of a layer,
+    within it. A graph of the whole iteration holds everything. Where the run recomputes, they also
+    share the blocks of their chunk.
     """
 
     def __init__(self) -> None:
@@ -148,12 +174,17 @@ class Chain:
         new_layer = connection.index % 2 == 0
         alone = (
             config.recompute_granularity == "full"
-            or config.cuda_graph_impl != "none"
+            or config.cuda_graph_impl in ("local", "transformer_engine")
             or config.overlap_moe_expert_parallel_comm
             or config.cpu_offloading
         )
-        if not (new_layer and alone):
+        if not (new_layer and alone or _graphed_in_parts(config)):
             last.followed_by(connection)
+
+
+def _graphed_in_parts(config: TransformerConfig) -> bool:
+    """Whether a CUDA graph holds a part of a layer, and the rest runs outside of it."""
+    return config.cuda_graph_impl == "transformer_engine" and bool(config.cuda_graph_modules)
 
 
 def _layer(
@@ -349,6 +380,43 @@ class HyperConnectedLayer(MegatronModule):
         if self.exit is not None:
             hidden_states = self.exit(hidden_states)
         return hidden_states, context
+
+    # Transformer Engine's CUDA graphs do not go through ``forward``: transformer_layer.py:1152
+    # captures the layer's parts, :1209 replays them. The streams enter and leave outside of them.
+
+    def get_layer_static_inputs(self, seq_length: int, micro_batch_size: int) -> dict[str, Tensor]:
+        """What a graph is captured on: Megatron's, with n*C channels (module.py:237)."""
+        inputs = super().get_layer_static_inputs(seq_length, micro_batch_size)
+        narrow = inputs["hidden_states"]
+        wide = torch.ones(
+            (*narrow.shape[:-1], self.mhc.n * self.C),
+            dtype=narrow.dtype,
+            device=narrow.device,
+            requires_grad=narrow.requires_grad,
+        )
+        return inputs | {"hidden_states": wide}
+
+    def _te_cuda_graph_replay(self, *args, **kwargs):
+        if args:
+            hidden_states, args = args[0], args[1:]
+        else:
+            hidden_states = kwargs.pop("hidden_states")
+        if hidden_states.shape[-1] == self.C:
+            hidden_states = enter(hidden_states, self.mhc.n)
+        output, context = super()._te_cuda_graph_replay(hidden_states, *args, **kwargs)
+        return output if self.exit is None else self.exit(output), context
+
+    def _get_submodules_under_cudagraphs(self) -> list[torch.nn.Module]:
+        """Those whose pre-forward hooks a replay has to run: the connections' too."""
+        modules, parts = super()._get_submodules_under_cudagraphs(), self.config.cuda_graph_modules
+        if not parts:
+            return modules
+        held = {part.name for part in parts}
+        mlp = "moe" if self.is_moe_layer else "mlp"
+        for name, part in (("attn_hc", "attn"), ("mlp_hc", mlp)):
+            if part in held and hasattr(self, name):
+                modules.append(getattr(self, name))
+        return modules
 
 
 @functools.cache

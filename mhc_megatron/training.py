@@ -52,6 +52,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
+from mhc_megatron.apex import supply_weight_gradient
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.corpus import check_corpus
 from mhc_megatron.errors import UserError
@@ -153,11 +154,7 @@ def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None
     on a signal, a time limit or ``--exit-interval``.
     """
     skip_dataset_compilation()
-    if args.hybrid_layer_pattern is None:
-        model_config = gpt_config_from_args(args, model_config_cls=MHCModelConfig)
-    else:
-        model_config = hybrid_config_from_args(args, model_config_cls=MHCHybridModelConfig)
-    model_config.mhc = mhc
+    model_config = model_config_from_args(args, mhc)
     datasets.is_distributed = True
     group_connections(mhc)
     explain_checkpoint_errors(mhc)
@@ -172,6 +169,20 @@ def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None
             tied=model_config.share_embeddings_and_output_weights,
         ),
     )
+
+
+def model_config_from_args(
+    args: Namespace, mhc: MHCConfig
+) -> MHCModelConfig | MHCHybridModelConfig:
+    """The configuration of the model that Megatron's ``args`` and ``mhc`` describe."""
+    if args.hybrid_layer_pattern is None:
+        model_config = gpt_config_from_args(args, model_config_cls=MHCModelConfig)
+    else:
+        model_config = hybrid_config_from_args(args, model_config_cls=MHCHybridModelConfig)
+    model_config.mhc = mhc
+    if args.gradient_accumulation_fusion:
+        supply_weight_gradient()
+    return model_config
 
 
 def skip_dataset_compilation() -> None:

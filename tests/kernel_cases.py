@@ -121,13 +121,14 @@ def run(case: Case, device: str = "cpu") -> dict[str, dict[str, float]]:
 def refilled(case: Case, device: str = "cpu", sublayers: int = 3) -> dict[str, bool]:
     """Whether a refill gives the bits of the forward: every x after the first, and every u.
 
-    The last sublayer has no bias, the others the case's. Memory that is there already, with other
+    The last sublayer has no bias, the others the case's; every read has the case's norm. Memory that is there already, with other
     values in it.
     """
     import mhc_kernels
 
     t = make_inputs(case, device)
-    x, options = t["x"], {"variant": case.variant, "with_H_pre": True}
+    x, norm = t["x"], t.get("norm_weight")
+    options = {"variant": case.variant, "with_H_pre": True, "norm_weight": norm}
     weights = [(t[f"phi{i % 2}"], t[f"alpha{i % 2}"], t[f"bias{i % 2}"]) for i in range(sublayers)]
     streams, reads, kept = [], [], {name: [] for name in ("y", "y_bias", "H_post", "H_res")}
     u, H_post, H_res, H_pre = mhc_kernels.mhc_pre(x, *weights[0], **options)
@@ -147,8 +148,9 @@ def refilled(case: Case, device: str = "cpu", sublayers: int = 3) -> dict[str, b
         pre.append(H_pre)
     out = [torch.ones_like(s) for s in streams], [torch.ones_like(r) for r in reads]
     mhc_kernels.mhc_refill(
-        x, kept["y"], kept["H_post"], kept["H_res"], pre, y_bias=kept["y_bias"], out=out
-    )
+        x, kept["y"], kept["H_post"], kept["H_res"], pre, y_bias=kept["y_bias"],
+        norm_weight=[norm] * sublayers, out=out,
+    )  # fmt: skip
     same = {f"x{i + 1}": torch.equal(a, b) for i, (a, b) in enumerate(zip(out[0], streams))}
     return same | {f"u{i}": torch.equal(a, b) for i, (a, b) in enumerate(zip(out[1], reads))}
 

@@ -98,8 +98,8 @@ def refill_calls(L: int, variant: str, dtype: torch.dtype):
     def run():
         launch.refill(
             launch.Plan(x), x, [y] * L, [y[0] if i % 2 else None for i in range(L)], [H] * L,
-            None if variant == "identity" else [H_res] * L, [H] * (L + 1), [x] * L,
-            [u.to(dtype)] * (L + 1),
+            None if variant == "identity" else [H_res] * L, [H] * (L + 1),
+            [u if i % 2 else None for i in range(L + 1)], [x] * L, [u.to(dtype)] * (L + 1),
         )  # fmt: skip
 
     return run
