@@ -121,7 +121,8 @@ def run(case: Case, device: str = "cpu") -> dict[str, dict[str, float]]:
 def refilled(case: Case, device: str = "cpu", sublayers: int = 3) -> dict[str, bool]:
     """Whether a refill gives the bits of the forward: every x after the first, and every u.
 
-    The last sublayer has no bias, the others the case's; every read has the case's norm. Memory that is there already, with other
+    The last sublayer has no bias, the others the case's; every read has the case's norm. Memory
+    that is there already, with other
     values in it.
     """
     import mhc_kernels
