@@ -7,13 +7,17 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from mhc_megatron.apex import can_fuse_weight_gradients
 
 
-def fusions() -> dict[str, Any]:
-    """Arguments for what Megatron fuses by default with packages that are not here."""
+def fusions(megatron: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for what Megatron fuses by default and has no package or kernel for here.
+
+    ``megatron``: the run's own arguments.
+    """
     values: dict[str, Any] = {}
     if importlib.util.find_spec("transformer_engine") is None:
         values |= {
@@ -22,6 +26,8 @@ def fusions() -> dict[str, Any]:
             "no-masked-softmax-fusion": True,
             "no-rope-fusion": True,
         }
+    if megatron.get("multi-latent-attention") and megatron.get("rope-type", "yarn") != "yarn":
+        values["no-rope-fusion"] = True  # transformer_config.py:2966
     if not can_fuse_weight_gradients():
         values["no-gradient-accumulation-fusion"] = True
     return values

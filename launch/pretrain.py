@@ -122,7 +122,7 @@ def _defaults(settings: Settings) -> dict[str, Any]:
     if settings.megatron.get("bf16") or settings.megatron.get("fp16"):
         # The other one cannot save the connections' float32 parameters (training.check_arguments).
         values["use-distributed-optimizer"] = True
-    return values | fusions()
+    return values | fusions(settings.megatron)
 
 
 def _prepare_output(run_dir: str, verbose: bool) -> TextIO:

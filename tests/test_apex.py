@@ -58,12 +58,12 @@ def test_the_launcher_fuses_only_what_is_there(monkeypatch):
 
     install(monkeypatch, [])
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
-    assert fusions()["no-gradient-accumulation-fusion"] and fusions()["transformer-impl"] == "local"
+    assert fusions({})["no-gradient-accumulation-fusion"] and fusions({})["transformer-impl"] == "local"
     install(monkeypatch, PIECES)
-    assert "no-gradient-accumulation-fusion" not in fusions()
+    assert "no-gradient-accumulation-fusion" not in fusions({})
     install(monkeypatch, [])
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: SimpleNamespace())
-    assert fusions() == {}  # Transformer Engine's product takes the extension's place
+    assert fusions({}) == {}  # Transformer Engine's product takes the extension's place
 
 
 @pytest.fixture
@@ -105,3 +105,8 @@ def test_with_neither_a_sentence(monkeypatch, layers):
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.cpp_extensions", None)
     with pytest.raises(UserError, match="no-gradient-accumulation-fusion"):
         apex.supply_weight_gradient()
+
+
+def test_rope_is_fused_for_latent_attention_only_where_megatron_can():
+    latent = {"multi-latent-attention": True}
+    assert fusions(latent | {"rope-type": "rope"})["no-rope-fusion"]

@@ -46,7 +46,7 @@ def start(part: Slice, precision: str) -> Namespace:
     """
     single_process()
     unset_global_variables()
-    values = fusions() | part.settings.megatron | PRECISIONS[precision]
+    values = fusions(part.settings.megatron) | part.settings.megatron | PRECISIONS[precision]
     if cpu.enabled():
         values |= cpu.ARGUMENTS
     args = parse(values)
