@@ -58,7 +58,8 @@ def test_the_launcher_fuses_only_what_is_there(monkeypatch):
 
     install(monkeypatch, [])
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
-    assert fusions({})["no-gradient-accumulation-fusion"] and fusions({})["transformer-impl"] == "local"
+    assert fusions({})["no-gradient-accumulation-fusion"]
+    assert fusions({})["transformer-impl"] == "local"
     install(monkeypatch, PIECES)
     assert "no-gradient-accumulation-fusion" not in fusions({})
     install(monkeypatch, [])
@@ -108,5 +109,7 @@ def test_with_neither_a_sentence(monkeypatch, layers):
 
 
 def test_rope_is_fused_for_latent_attention_only_where_megatron_can():
+    from launch.environment import fusions
+
     latent = {"multi-latent-attention": True}
     assert fusions(latent | {"rope-type": "rope"})["no-rope-fusion"]
