@@ -116,6 +116,8 @@ def _defaults(settings: Settings) -> dict[str, Any]:
         "load": checkpoints,
         "tensorboard-dir": os.path.join(run, "tensorboard"),
         "data-cache-path": os.path.join(run, "data-cache"),
+        "save-interval": 1000,
+        "eval-interval": 1000,
         "exit-signal-handler": True,
         "no-one-logger": True,
     }

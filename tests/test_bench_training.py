@@ -246,9 +246,11 @@ def test_the_classes_of_the_table_are_all_shown():
     assert set(classes.NAMES) == {*classes.CLASSES, classes.OTHER}
 
 
-def event(cat: str, name: str, ts: float, dur: float, correlation: int = 0) -> dict:
+def event(
+    cat: str, name: str, ts: float, dur: float, correlation: int = 0, stream: int = 7
+) -> dict:
     return {
-        "ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur,
+        "ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "pid": 0, "tid": stream,
         "args": {"correlation": correlation},
     }  # fmt: skip
 
@@ -260,7 +262,7 @@ EVENTS = [
     event("cuda_runtime", "cudaStreamSynchronize", 30, 500),
     event("kernel", "nvjet_hsh_x", 7, 300, 1),  # 2 us after its launch: the queue was empty
     event("kernel", "post_kernel", 307, 100, 2),  # long after: it stood in the queue
-    event("kernel", "post_kernel", 357, 100, 3),  # half beside the one before
+    event("kernel", "post_kernel", 357, 100, 3, stream=8),  # half beside the one before
     event("gpu_memcpy", "Memcpy DtoH (Device -> Pageable)", 1000, 50, 4),
     {"ph": "i", "cat": "kernel", "name": "an instant"},
     event("cpu_op", "aten::mm", 0, 1000),
@@ -276,6 +278,16 @@ def test_a_trace_adds_up(tmp_path):
     assert (found.launches, found.waits) == (4, 1)
     assert found.at_once == pytest.approx(1 / 3)
     assert found.classes == pytest.approx({"GEMM": 0.3, "mHC forward": 0.2, "memory": 0.05})
+
+
+def test_a_dependent_launch_is_counted_from_the_end_of_the_one_before():
+    project = event("kernel", "post_project_hopper_kernel", 0, 100)
+    read = event("kernel", "read_kernel", 10, 130)  # on the GPU since 10, at work since 100
+    within = event("kernel", "split_phi_kernel", 20, 30)
+    found = trace.activity([read, within, project])
+    assert found.names["read_kernel"] == pytest.approx(0.04)
+    assert found.names["split_phi_kernel"] == 0
+    assert found.kernel_ms == found.busy_ms == pytest.approx(0.14)
 
 
 def test_the_union_of_intervals():

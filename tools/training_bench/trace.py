@@ -30,7 +30,9 @@ class Activity:
     """One step on one GPU; times in milliseconds.
 
     Attributes:
-        kernel_ms: sum of all kernels, copies and fills.
+        kernel_ms: sum of all kernels, copies and fills, each from the end of the one before it in
+            its stream: a programmatic dependent launch puts a kernel on the GPU early, where it
+            waits for that end, and its duration would count the other's work twice.
         busy_ms: time in which at least one of them ran.
         launches: how many.
         waits: how often the host waited for the GPU.
@@ -63,11 +65,11 @@ def activity(events: Iterable[dict[str, Any]]) -> Activity:
     host = [event for event in events if event.get("cat") in HOST]
     classes: Counter[str] = Counter()
     names: Counter[str] = Counter()
-    for event in gpu:
-        classes[class_of(event["name"])] += event["dur"] / 1e3
-        names[event["name"]] += event["dur"] / 1e3
+    for name, milliseconds in own_time(gpu):
+        classes[class_of(name)] += milliseconds
+        names[name] += milliseconds
     return Activity(
-        kernel_ms=sum(event["dur"] for event in gpu) / 1e3,
+        kernel_ms=sum(classes.values()),
         busy_ms=union((event["ts"], event["ts"] + event["dur"]) for event in gpu) / 1e3,
         launches=len(gpu),
         waits=sum(event["name"] in WAITS for event in host),
@@ -75,6 +77,17 @@ def activity(events: Iterable[dict[str, Any]]) -> Activity:
         classes=dict(classes),
         names=dict(names),
     )
+
+
+def own_time(gpu: Iterable[dict[str, Any]]) -> Iterable[tuple[str, float]]:
+    """Name and milliseconds of each event, without what it spent behind the one before it."""
+    ends: dict[tuple[Any, Any], float] = {}
+    for event in sorted(gpu, key=lambda event: event["ts"]):
+        stream = event.get("pid"), event.get("tid")
+        stop = event["ts"] + event["dur"]
+        start = max(event["ts"], ends.get(stream, event["ts"]))
+        ends[stream] = max(stop, start)
+        yield event["name"], max(0.0, stop - start) / 1e3
 
 
 def union(intervals: Iterable[tuple[float, float]]) -> float:
