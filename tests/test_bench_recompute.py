@@ -72,7 +72,7 @@ def test_the_table_compares_with_the_formula(monkeypatch) -> None:
     L, m = 4, 2
     none = bench.Row("dense", "none", held=9 * width, peak=10 * width, ms=1.0)
     rows = [none]
-    for L_r, kept in ((0, 7 * L), (1, 4 * 4 + L), (3, 2 * 4 + L)):
+    for L_r, kept in ((0, 6 * L), (1, 4 * 4 + L), (3, 2 * 4 + L)):
         held, peak = kept * m * width, (kept * m + 6 * L_r) * width
         own = 2 * L * m * width  # the residual model's x and norm(x)
         row = bench.Row("dense", str(L_r or "off"), L_r, none.held + held - own,

@@ -15,11 +15,12 @@ forward, then all backward, as on the first of m pipeline stages. Of a row are r
   nothing: nC ceil(L / L_r) m, and y of every sublayer; at the peak (n + 2) C L_r more;
 - ms: of a forward and backward of one microbatch, and its ratio to ``off``.
 
-The formula leaves out the coefficients (196 bytes a token and sublayer at n = 4) and, at the peak,
-the gradients of the streams themselves (``off`` has those too) and counts the first x of the block
-at hand twice. Layers are Transformer Engine's where it is installed, Megatron's local ones
-otherwise. Exit code 0; 1 if a row failed (the others are printed all the same); 2 for bad arguments
-or no GPU.
+The formula leaves out the coefficients (some 236 bytes a token and sublayer at n = 4) and, at the
+peak, the gradients of the streams themselves (``off`` has those too). It counts the first x of the
+block at hand twice, and a norm(u) beside u, which the kernels make in one.
+
+Layers are Transformer Engine's where it is installed, Megatron's local ones otherwise. Exit code 0;
+1 if a row failed (the others are printed all the same); 2 for bad arguments or no GPU.
 """
 
 from __future__ import annotations
@@ -258,24 +259,24 @@ def _step(options: argparse.Namespace, gpt: torch.nn.Module) -> tuple[int, int, 
 # ------------------------------------------------------------------------------------------- print
 
 
-def formula(options: argparse.Namespace, model: str, L_r: int) -> tuple[int, int]:
-    """Eq. (20) in bytes: held, at the peak. L_r = 0: what mHC keeps without recompute."""
+def formula(options: argparse.Namespace, L_r: int) -> tuple[int, int]:
+    """Eq. (20) in bytes: held, at the peak. L_r = 0: what mHC keeps without recompute.
+
+    That is x and u; the kernels make norm(u) with the read, in the place of u, or Transformer
+    Engine makes it inside its linear, whose own affair it is.
+    """
     L, m, width = 2 * options.layers, options.microbatches, options.sequence * options.hidden * 2
     if not L_r:
-        kept = ((N + 2) * L + norms(model) * options.layers) * m
+        kept = (N + 2) * L * m
         return kept * width, kept * width
     kept = (N * math.ceil(L / L_r) + L) * m
     return kept * width, (kept + (N + 2) * L_r) * width
 
 
-def norms(model: str) -> int:
-    """Norms of a layer that stand alone; a fused one's output is the linear's own affair."""
-    return 2 if not has_transformer_engine() else {"dense": 0, "moe": 1}[model]
-
-
 def kept_by_residual(options: argparse.Namespace, model: str) -> int:
     """Bytes of x and norm(x) that the residual model keeps between its sublayers."""
-    widths = (2 + norms(model)) * options.layers * options.microbatches
+    norms = 2 if not has_transformer_engine() else {"dense": 0, "moe": 1}[model]
+    widths = (2 + norms) * options.layers * options.microbatches
     return widths * options.sequence * options.hidden * 2
 
 
@@ -309,7 +310,7 @@ def _line(
     options: argparse.Namespace, row: Row, base: Row, off: Row | None, label: str
 ) -> str:
     own = kept_by_residual(options, row.model)
-    by_formula = formula(options, row.model, row.L_r)
+    by_formula = formula(options, row.L_r)
     cells = [f"{row.model:6} {label:>9}"]
     for measured, residual, expected in zip(
         (row.held, row.peak), (base.held, base.peak), by_formula, strict=True

@@ -158,8 +158,11 @@ def test_the_same_bits_in_fp8(kind: str) -> None:
     assert not differing(gradients(model(3, kind, True, fp8=True)), expected)
 
 
-@pytest.mark.parametrize("mhc", [{"kernels": "reference"}, {"variant": "identity"}, {"n": 2}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "mhc",
+    [{"kernels": "reference"}, {"variant": "identity"}, {"n": 2}, {"fuse_norm": False}],
+    ids=str,
+)
 def test_other_connections(mhc: dict) -> None:
     expected = gradients(model(0, "dense", False, **mhc))
     assert not differing(gradients(model(3, "dense", False, **mhc)), expected)
@@ -232,12 +235,13 @@ def test_prefetch() -> None:
     assert not differing({name: p.grad for name, p in gpt.named_parameters()}, expected)
 
 
-def test_memory_of_the_streams() -> None:
+@pytest.mark.parametrize("fuse_norm", [True, False])
+def test_memory_of_the_streams(fuse_norm: bool) -> None:
     """What waits for backward, against nC ceil(L / L_r) and the y: 4 microbatches."""
     n, m, L, width = 4, 4, 2 * LAYERS, S * B * C * 2
 
     def held(L_r: int) -> int:
-        gpt = model(L_r, "dense", False)
+        gpt = model(L_r, "dense", False, fuse_norm=fuse_norm)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         losses = [loss(gpt, number) for number in range(m)]
@@ -247,6 +251,7 @@ def test_memory_of_the_streams() -> None:
     held(0)  # libraries' workspaces
     everything = held(0)
     for L_r in (1, 2, 4, 8):
-        # Without recompute: x, u and norm(u) of each sublayer; with it, x of each block.
-        saved = ((n + 2) * L - n * math.ceil(L / L_r)) * m * width
+        # Without recompute: x, u and norm(u) of each sublayer, or norm(u) alone; with it, x of each
+        # block.
+        saved = ((n + 2 - fuse_norm) * L - n * math.ceil(L / L_r)) * m * width
         assert everything - held(L_r) == pytest.approx(saved, rel=0.05), L_r
