@@ -39,6 +39,8 @@ KINDS = {
     "bias and dropout": {"add_bias_linear": True, "hidden_dropout": 0.1},
     "bias": {"add_bias_linear": True},
     "MoE": MOE,
+    "MoE, shared expert on its own stream": MOE
+    | {"moe_shared_expert_intermediate_size": 256, "moe_shared_expert_overlap": True},
     "selective": {
         "recompute_granularity": "selective",
         "recompute_modules": ["core_attn", "layernorm", "mlp"],
