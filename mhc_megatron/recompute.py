@@ -127,6 +127,7 @@ class Recompute:
         if last:
             self._open = None
             if block.dropped:
+                self.waiting()  # forgets those whose backward has begun
                 self._waiting.append(weakref.ref(block))
 
     def _running(self, position: int) -> Block | None:
@@ -162,12 +163,18 @@ class Recompute:
 
 def recomputes(model: nn.Module) -> list[Recompute]:
     """Those of a model chunk, in the order in which data passes them; the last is needed first."""
-    found: dict[int, Recompute] = {}
-    for module in model.modules():
-        recompute = getattr(module, "recompute", None)
-        if isinstance(recompute, tuple) and isinstance(recompute[0], Recompute):
-            found.setdefault(id(recompute[0]), recompute[0])
-    return list(found.values())
+    if model not in _recomputes:
+        found: dict[int, Recompute] = {}
+        for module in model.modules():
+            recompute = getattr(module, "recompute", None)
+            if isinstance(recompute, tuple) and isinstance(recompute[0], Recompute):
+                found.setdefault(id(recompute[0]), recompute[0])
+        _recomputes[model] = list(found.values())
+    return _recomputes[model]
+
+
+#: What ``recomputes`` found: a schedule asks for it once a microbatch.
+_recomputes: weakref.WeakKeyDictionary[nn.Module, list[Recompute]] = weakref.WeakKeyDictionary()
 
 
 def prefetch(model: nn.Module) -> bool:

@@ -122,8 +122,7 @@ def refilled(case: Case, device: str = "cpu", sublayers: int = 3) -> dict[str, b
     """Whether a refill gives the bits of the forward: every x after the first, and every u.
 
     The last sublayer has no bias, the others the case's; every read has the case's norm. Memory
-    that is there already, with other
-    values in it.
+    that is there already, with other values in it.
     """
     import mhc_kernels
 

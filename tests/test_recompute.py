@@ -202,6 +202,9 @@ def test_a_forward_without_backward_is_forgotten() -> None:
     del abandoned
     gc.collect()
     assert blocks.waiting() is None and not prefetch(gpt)
+    for number in range(3):
+        loss(gpt, number).backward()
+    assert len(blocks._waiting) == 1
 
 
 def test_prefetch_fills_the_last_block_of_the_oldest_forward() -> None:
