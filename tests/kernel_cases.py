@@ -39,6 +39,7 @@ INTERPRETER_CASES = (
     Case(8, 16, 3),
     Case(4, 32, 9, norm=True, y_bias=True),
     Case(4, 32, 9, dtype="float32", norm=True, y_bias=True),
+    Case(4, 240, 3, norm=True),  # the last block of channels reaches beyond C
 )
 
 

@@ -175,7 +175,9 @@ def test_blocks_divide_the_channels(C):
     for kernel in tuning.DEFAULTS:
         for n, itemsize in ((4, 2), (2, 4), (8, 2)):
             block = tuning.block(kernel, n, C, itemsize, 90)
-            assert kernel == "logits_grad" or (C % block.BC == 0 and block.BC >= 16)
+            over = -C % block.BC
+            allowed = 0.1 * C if kernel in tuning.MASKED else 0
+            assert kernel == "logits_grad" or (over <= allowed and block.BC >= 16)
 
 
 def test_parts_fill_the_gpu_once():

@@ -141,6 +141,8 @@ def _bench(columns, part, options: argparse.Namespace, on_gpu: bool):
     except (Exception, SystemExit) as error:  # the next precision may go
         traceback.print_exc()
         _fail(group, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+    for model in built:
+        model.release()
     built.clear()
     gc.collect()
     models.forget()

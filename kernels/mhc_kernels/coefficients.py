@@ -15,7 +15,7 @@ the sum over tokens of w[k] x.
 import triton
 import triton.language as tl
 
-from .device import load_columns, sinkhorn_grad, sum_parts, tanh, wait_for_inputs
+from .device import load_columns, sinkhorn_grad, tanh, wait_for_inputs
 
 
 @triton.jit
@@ -195,18 +195,6 @@ def through_norm(
     for i in tl.static_range(n):
         out = out + (inverse * read_grad[i] - factor * z_x[i],)
     return out
-
-
-@triton.jit
-def gram_products(gram_ptr, H_pre, rows, inside, parts, stride, n: tl.constexpr):
-    """z . x_i [BT, n] and z . z [BT] for z = H_pre x, from the forward's products x_i . x_j."""
-    i = tl.arange(0, n)
-    low = tl.minimum(i[:, None], i[None, :])
-    index = low * n - low * (low - 1) // 2 + tl.maximum(i[:, None], i[None, :]) - low
-    at = rows[:, None, None] * (n * (n + 1) // 2) + index[None, :, :]
-    gram = sum_parts(gram_ptr, at, parts, stride, (inside & (i >= 0)[None, :])[:, :, None])
-    z_x = tl.sum(gram * H_pre[:, :, None], axis=1)
-    return z_x, tl.sum(z_x * H_pre, axis=1)
 
 
 @triton.jit

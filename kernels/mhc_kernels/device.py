@@ -91,6 +91,15 @@ def sum_parts(ptr, offsets, parts, stride, mask):
 
 
 @triton.jit
+def sum_few_parts(ptr, offsets, parts, stride, mask, MOST: tl.constexpr = 8):
+    """``sum_parts`` of at most MOST parts, with all loads on their way at once."""
+    total = tl.load(ptr + offsets, mask=mask, other=0.0)
+    for s in tl.static_range(1, MOST):
+        total += tl.load(ptr + s * stride + offsets, mask=mask & (s < parts), other=0.0)
+    return total
+
+
+@triton.jit
 def arrive(counter_ptr):
     """Counts this block, after its stores; the blocks that counted before it, before its loads.
 

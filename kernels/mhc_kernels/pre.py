@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from .coefficients import (
-    gram_products,
     permuted,
     softmax,
     split_phi,
@@ -17,7 +16,7 @@ from .coefficients import (
     write_logits_grad,
     write_pre_grad,
 )
-from .device import arrive, column_of, dot, sinkhorn, sum_parts, wait_for_inputs
+from .device import arrive, column_of, dot, sinkhorn, sum_few_parts, sum_parts, wait_for_inputs
 
 
 @triton.jit
@@ -33,8 +32,8 @@ def write_coefficients(
     inside = mask[:, None]
     at = rows[:, None] * KP + i[None, :]
     scale = inverse_rms[:, None]
-    p_pre = sum_parts(projected_ptr, at, parts, part_stride, inside) * scale
-    p_post = sum_parts(projected_ptr, at + n, parts, part_stride, inside) * scale
+    p_pre = sum_few_parts(projected_ptr, at, parts, part_stride, inside) * scale
+    p_post = sum_few_parts(projected_ptr, at + n, parts, part_stride, inside) * scale
     to = p_ptr + rows[:, None] * K + i[None, :]
     tl.store(to, p_pre, mask=inside)
     tl.store(to + n, p_post, mask=inside)
@@ -46,7 +45,7 @@ def write_coefficients(
         r = tl.arange(0, RP)
         valid = inside & (r < R)[None, :]
         at = rows[:, None] * KP + 2 * n + r[None, :]
-        p = sum_parts(projected_ptr, at, parts, part_stride, valid) * scale
+        p = sum_few_parts(projected_ptr, at, parts, part_stride, valid) * scale
         tl.store(p_ptr + rows[:, None] * K + 2 * n + r[None, :], p, mask=valid)
         b = tl.load(bias_ptr + 2 * n + r, mask=r < R, other=0.0)
         weights = softmax(tl.load(alpha_ptr + 2) * p + b[None, :], R, RP)
@@ -57,7 +56,7 @@ def write_coefficients(
         # Loaded flat, so that the n*n entries of a token are neighbouring lanes of one warp.
         e = tl.arange(0, n * n)
         at = rows[:, None] * KP + 2 * n + e[None, :]
-        p = sum_parts(projected_ptr, at, parts, part_stride, inside) * scale
+        p = sum_few_parts(projected_ptr, at, parts, part_stride, inside) * scale
         tl.store(p_ptr + rows[:, None] * K + 2 * n + e[None, :], p, mask=inside)
         H_res, _ = two_sided(p, tl.load(alpha_ptr + 2), tl.load(bias_ptr + 2 * n + e)[None, :], HC)
         if VARIANT == "mhc":
@@ -67,31 +66,49 @@ def write_coefficients(
 
 
 @triton.jit
-def read_scale(
-    gram_parts_ptr, gram_ptr, H_pre, rows, mask, parts, part_rows, norm_eps,
-    n: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """1 / rms(H_pre x) from the products of streams, whose total is kept for backward."""
-    count: tl.constexpr = n * (n + 1) // 2
-    for k in tl.static_range(count):
-        total = sum_parts(gram_parts_ptr, rows * count + k, parts, part_rows * count, mask)
-        tl.store(gram_ptr + rows * count + k, total, mask=mask)
+def channels_inside(mask, channels, C: tl.constexpr, BC: tl.constexpr):
+    """Mask of a tile; BC need not divide C."""
     inside = mask[:, None]
-    _, square = gram_products(gram_parts_ptr, H_pre, rows, inside, parts, part_rows * count, n)
-    return tl.rsqrt(square / C + norm_eps)
+    if C % BC != 0:
+        inside = inside & (channels < C)[None, :]
+    return inside
 
 
 @triton.jit
-def sum_of_squares(
-    gram_parts_ptr, rows, mask, parts, part_rows, n: tl.constexpr, NORM: tl.constexpr
-):
-    """x . x over all streams, [BT]."""
-    count: tl.constexpr = n * (n + 1) // 2 if NORM else 1
-    total = sum_parts(gram_parts_ptr, rows * count, parts, part_rows * count, mask)
-    for i in tl.static_range(1, n if NORM else 1):
-        at = rows * count + (i * n - i * (i - 1) // 2)
-        total += sum_parts(gram_parts_ptr, at, parts, part_rows * count, mask)
-    return total
+def load_weight(norm_weight_ptr, channels, C: tl.constexpr, BC: tl.constexpr):
+    """The fused norm's weight [1, BC] in float32."""
+    if C % BC != 0:
+        weight = tl.load(norm_weight_ptr + channels, mask=channels < C, other=0.0)
+    else:
+        weight = tl.load(norm_weight_ptr + channels)
+    return weight.to(tl.float32)[None, :]
+
+
+@triton.jit
+def load_gram(gram_parts_ptr, gram_ptr, rows, mask, parts, part_rows, n: tl.constexpr):
+    """The streams' products x_i . x_j [BT, n * n], summed over the parts; kept for backward too."""
+    count: tl.constexpr = n * (n + 1) // 2
+    e = tl.arange(0, n * n)
+    low = tl.minimum(e // n, e % n)
+    index = low * n - low * (low - 1) // 2 + tl.maximum(e // n, e % n) - low
+    at = rows[:, None] * count + index[None, :]
+    inside = mask[:, None] & (e >= 0)[None, :]
+    gram = sum_few_parts(gram_parts_ptr, at, parts, part_rows * count, inside)
+    tl.store(gram_ptr + at, gram, mask=inside & (e // n <= e % n)[None, :])
+    return gram
+
+
+@triton.jit
+def read_scale(gram, H_pre, norm_eps, n: tl.constexpr, C: tl.constexpr):
+    """1 / rms(H_pre x) [BT], from the products of streams."""
+    e = tl.arange(0, n * n)
+    left = tl.zeros_like(gram)
+    right = tl.zeros_like(gram)
+    for i in tl.static_range(n):
+        weight = column_of(H_pre, i, n)[:, None]
+        left = tl.where((e // n == i)[None, :], weight, left)
+        right = tl.where((e % n == i)[None, :], weight, right)
+    return tl.rsqrt(tl.sum(gram * left * right, axis=1) / C + norm_eps)
 
 
 @triton.jit(do_not_specialize=["T", "parts"])
@@ -107,7 +124,12 @@ def read_kernel(
     rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     mask = rows < T
     part_rows = T.to(tl.int64)
-    square = sum_of_squares(gram_parts_ptr, rows, mask, parts, part_rows, n, NORM)
+    if NORM:
+        gram = load_gram(gram_parts_ptr, gram_ptr, rows, mask, parts, part_rows, n)
+        e = tl.arange(0, n * n)
+        square = tl.sum(tl.where((e // n == e % n)[None, :], gram, 0.0), axis=1)
+    else:
+        square = sum_few_parts(gram_parts_ptr, rows, parts, part_rows, mask)
     inverse_rms = tl.rsqrt(square / (n * C) + eps)
     tl.store(inverse_rms_ptr + rows, inverse_rms, mask=mask)
     H_pre = write_coefficients(
@@ -115,23 +137,21 @@ def read_kernel(
         p_ptr, H_post_ptr, H_res_ptr, rows, mask, n, K, KP, R, RP, BT, VARIANT, ITERATIONS,
     )  # fmt: skip
     if NORM:
-        H_pre *= read_scale(
-            gram_parts_ptr, gram_ptr, H_pre, rows, mask, parts, part_rows, norm_eps, n, C
-        )[:, None]
+        H_pre *= read_scale(gram, H_pre, norm_eps, n, C)[:, None]
     at_pre = rows[:, None] * n + tl.arange(0, n)[None, :]
     tl.store(H_pre_ptr + at_pre, H_pre, mask=mask[:, None])
     weights = ()
     for i in tl.static_range(n):
         weights = weights + (column_of(H_pre, i, n)[:, None],)
-    inside = mask[:, None]
     for c0 in tl.range(0, C, BC, num_stages=STAGES):
         channels = c0 + tl.arange(0, BC)
+        inside = channels_inside(mask, channels, C, BC)
         at = rows[:, None] * (n * C) + channels[None, :]
         u = tl.zeros([BT, BC], tl.float32)
         for i in tl.static_range(n):
             u += weights[i] * tl.load(x_ptr + at + i * C, mask=inside, other=0.0).to(tl.float32)
         if NORM:
-            u *= tl.load(norm_weight_ptr + channels).to(tl.float32)[None, :]
+            u *= load_weight(norm_weight_ptr, channels, C, BC)
         to = u_ptr + rows[:, None] * C + channels[None, :]
         tl.store(to, u.to(u_ptr.dtype.element_ty), mask=inside)
 
@@ -187,17 +207,17 @@ def read_products(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """du . x_i of a tile of tokens (NORM: weight * du . x_i) as a tuple of n [BT] vectors."""
-    inside = mask[:, None]
     sums = ()
     for _ in tl.static_range(n):
         sums = sums + (tl.zeros([BT, BC // 8], tl.float32),)
     for c0 in tl.range(0, C, BC, num_stages=STAGES):
         channels = c0 + tl.arange(0, BC)
+        inside = channels_inside(mask, channels, C, BC)
         at = rows[:, None] * (n * C) + channels[None, :]
         to = rows[:, None] * C + channels[None, :]
         du = tl.load(du_ptr + to, mask=inside, other=0.0).to(tl.float32)
         if NORM:
-            du *= tl.load(norm_weight_ptr + channels).to(tl.float32)[None, :]
+            du *= load_weight(norm_weight_ptr, channels, C, BC)
         following = ()
         for i in tl.static_range(n):
             x = tl.load(x_ptr + at + i * C, mask=inside, other=0.0).to(tl.float32)

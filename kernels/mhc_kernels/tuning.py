@@ -53,6 +53,10 @@ WITHOUT_TMA: dict[str, Block] = {
 }
 
 
+#: Kernels whose last block of channels may reach beyond C, which costs less than narrow rows.
+MASKED = ("read", "read_grad")
+
+
 @lru_cache(maxsize=1)
 def _table() -> dict[str, list]:
     return json.loads(TABLE.read_text()) if TABLE.exists() else {}
@@ -72,7 +76,7 @@ def block(kernel: str, n: int, C: int, itemsize: int, arch: int) -> Block:
     BC, BT = chosen.BC, chosen.BT
     if n == 8 and kernel in ("project", "boundary_grad"):
         BT = 16  # 255 registers hold the n * n coefficients of no more rows
-    while C % BC:
+    while C % BC and not (kernel in MASKED and -(-C // BC) * BC <= 1.1 * C):
         BC //= 2
     if n * itemsize > 8:
         BC = max(16, BC * 8 // (n * itemsize))

@@ -129,6 +129,21 @@ class Model:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
+    def release(self) -> None:
+        """Give the memory of weights and gradients back.
+
+        Megatron's gradient hooks hold the wrapper through C++ (distributed_data_parallel.py's
+        ``grad_accs``), where Python's collector does not see the cycle.
+        """
+        for chunk in self.chunks:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                for data in (buffer.param_data, buffer.grad_data):
+                    if data is not None:
+                        data.untyped_storage().resize_(0)
+            for p in chunk.parameters():
+                if type(p.data) is torch.Tensor:
+                    p.data.untyped_storage().resize_(0)
+
     def kernels(self) -> contextlib.AbstractContextManager[None]:
         """Under which this column's connections are built and run."""
         if not self.column.peer:
