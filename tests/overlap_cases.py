@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from mhc_megatron import cpu
 from mhc_megatron.config import MHCConfig
 
 S, B, C, VOCABULARY = 16, 2, 32, 64
@@ -44,6 +45,8 @@ KINDS: dict[str, dict[str, Any]] = {
     | {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
     "MoE, attention recomputed": MOE
     | {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    # As on a GPU: the connection's read makes norm(u) itself.
+    "shared experts, norms in the read": SHARED | {"use_cpu_initialization": False},
     "dense, norms recomputed": {
         "recompute_granularity": "selective",
         "recompute_modules": ["layernorm"],
@@ -64,7 +67,7 @@ def base_config(**changes: Any):
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
         "add_bias_linear": False,
-        "use_cpu_initialization": not torch.cuda.is_initialized(),
+        "use_cpu_initialization": cpu.enabled(),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "bias_activation_fusion": False,
@@ -82,9 +85,18 @@ def base_config(**changes: Any):
 
 
 def build(
-    kind: dict[str, Any], mhc: MHCConfig | None = None, chunks: int = 1, dtype=torch.float32
+    kind: dict[str, Any],
+    mhc: MHCConfig | None = None,
+    chunks: int = 1,
+    dtype=torch.float32,
+    te: bool = False,
+    delay_wgrad: bool = False,
 ) -> list:
-    """The chunks of one model, all on this rank, as virtual pipeline stages are."""
+    """The chunks of one model, all on this rank, as virtual pipeline stages are.
+
+    ``te``: of Transformer Engine's modules, which can leave weight gradients for later
+    (``delay_wgrad``); Megatron's own cannot.
+    """
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_decoder_block_spec,
         get_gpt_mtp_block_spec,
@@ -96,12 +108,13 @@ def build(
 
     mhc = mhc or MHCConfig(alpha=0.5, init_std=0.1)
     config = base_config(**kind, params_dtype=dtype)
+    config.delay_wgrad_compute = delay_wgrad
     block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization=config.normalization
+        config, use_transformer_engine=te, normalization=config.normalization
     )
     mtp = None
     if config.mtp_num_layers:
-        mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=False)
+        mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=te)
         mtp = mhc_layer_spec(mtp, config, mhc)
     torch.manual_seed(3)
     model_parallel_cuda_manual_seed(3, force_reset_rng=True)

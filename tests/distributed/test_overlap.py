@@ -52,7 +52,14 @@ def results(ranks) -> tuple:
     return [(rank["loss"], rank["grad_norm"]) for rank in ranks]
 
 
-@pytest.mark.parametrize("name", CASES)
+#: In ``make test-all`` only.
+SLOW = ("MLA, MoE, MTP, PP2, VPP2", "MoE, TP2, SP, PP2, VPP2", "embedding and loss alone: E|tt|tt|L")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES],
+)
 def test_the_same_numbers_with_overlap(name: str, cluster: Cluster) -> None:
     kind, layout = CASES[name]
     # Four microbatches on every data-parallel rank, two rounds of the pipeline.
@@ -69,6 +76,7 @@ def test_the_same_numbers_with_overlap(name: str, cluster: Cluster) -> None:
         assert results(planned) == results(plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", ABLATIONS)
 def test_without_a_piece(piece: str, cluster: Cluster) -> None:
     kind, layout = CASES["MoE, first layer dense, PP2, VPP2"]

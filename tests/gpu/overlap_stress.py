@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import random
@@ -141,17 +142,49 @@ def stress(schedules: int, longest_ms: float = 0.5, dtype=torch.bfloat16, first:
     }
 
 
+#: Models of Transformer Engine's modules: wide enough for its kernels.
+TE_KINDS = {
+    "dense": {},
+    "shared experts": overlap_cases.SHARED | {"moe_ffn_hidden_size": 64, "moe_grouped_gemm": True},
+}
+
+
+def delayed_weight_gradients(schedules: int, longest_ms: float) -> dict:
+    """``delay_wgrad_compute`` in a plan against no delay and no plan, with Transformer Engine."""
+    found = []
+    for name, kind in TE_KINDS.items():
+        settings = kind | {"hidden_size": 128, "ffn_hidden_size": 256}
+        build = functools.partial(
+            overlap_cases.build, settings, chunks=2, dtype=torch.bfloat16, te=True
+        )
+        expected = overlap_cases.plain(build(), MICROBATCHES)
+        models = build(delay_wgrad=True)
+        for seed in range(schedules):
+            pairs = overlap_cases.random_pairs(seed, 2, MICROBATCHES)
+            with delays(random.Random(seed), longest_ms):
+                got = overlap_cases.planned(models, MICROBATCHES, pairs)
+            torch.cuda.synchronize()
+            differences = expected.differences(got)
+            if differences:
+                found.append({"seed": seed, "kind": name, "differences": differences[:5]})
+    return {"te": list(TE_KINDS), "schedules": schedules, "different": found}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--schedules", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="seed of the first one")
     parser.add_argument("--longest-ms", type=float, default=0.5, help="of a delay")
     parser.add_argument("--broken", action="store_true", help="mixing waits for nothing: must fail")
+    parser.add_argument("--te", action="store_true", help="delayed weight gradients instead")
     options = parser.parse_args()
     start()
     if options.broken:
         forget_to_wait()
-    result = stress(options.schedules, options.longest_ms, first=options.first)
+    if options.te:
+        result = delayed_weight_gradients(options.schedules, options.longest_ms)
+    else:
+        result = stress(options.schedules, options.longest_ms, first=options.first)
     print(json.dumps(result))
     return 1 if result["different"] else 0
 

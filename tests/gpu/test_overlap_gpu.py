@@ -48,6 +48,14 @@ def test_without_the_caching_allocator() -> None:
     assert result["different"] == [] and code == 0
 
 
+def test_delayed_weight_gradients() -> None:
+    """delay_wgrad_compute, which only Transformer Engine's modules have."""
+    pytest.importorskip("transformer_engine.pytorch")
+    code, result, output = run("--schedules", "5", "--te")
+    assert result is not None, output[-4000:]
+    assert result["different"] == [] and code == 0
+
+
 def test_a_missing_wait_shows() -> None:
     """The stress finds a plan whose mixing stream waits for nothing."""
     code, result, output = run("--schedules", "12", "--broken")
