@@ -17,6 +17,7 @@ VARIANTS = ("none", "hc", "mhc", "identity", "birkhoff")
 INITS = ("paper", "identity", "static")
 EXITS = ("mean", "learned")
 KERNELS = ("auto", "reference")
+WIRES = ("model", "fp8")
 #: Parts of the overlap schedule that a run can leave out, for ablations (overlap.py says what each
 #: one does).
 OVERLAP_PIECES = ("mixing_stream", "gradient_wait", "hop_streams", "open_end", "early_refill")
@@ -58,6 +59,8 @@ class MHCConfig:
         overlap_without: parts of the overlap schedule that are left out, separated by commas:
             ``OVERLAP_PIECES``. For ablations; the schedule itself is turned on by Megatron's
             overlap_moe_expert_parallel_comm.
+        wire: x between pipeline stages in the model's dtype (``model``) or, as an experiment, in
+            block-scaled ``fp8``; ``mhc_megatron.wire`` says what it costs.
         seed: seeds phi by layer number and sublayer, so that every parallel layout, and the rest of
             the model with any variant, starts from the same weights.
     """
@@ -78,6 +81,7 @@ class MHCConfig:
     phi_weight_decay: float = 1.0
     recompute: int | str = 0
     overlap_without: str = ""
+    wire: str = "model"
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -90,6 +94,7 @@ class MHCConfig:
         _check_choice("exit", self.exit, EXITS)
         _check_choice("kernels", self.kernels, KERNELS)
         _check_choice("sinkhorn", self.sinkhorn, SINKHORNS)
+        _check_choice("wire", self.wire, WIRES)
         if self.sinkhorn != "paper" and self.variant != "mhc":
             raise UserError(f"mhc: sinkhorn {self.sinkhorn} needs variant mhc, not {self.variant}.")
         for piece in filter(None, self.overlap_without.split(",")):

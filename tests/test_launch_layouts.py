@@ -119,3 +119,30 @@ def test_a_run_goes_on_in_another_layout(layout: str, one, tmp_path) -> None:
     assert len(whole) == 6
     rest = losses(tmp_path, **LAYOUTS[layout], load=checkpoints, ckpt_step=3)
     assert rest == pytest.approx(whole[3:], rel=1e-5)
+
+
+EXPERTS = {
+    "mtp-num-layers": "null",
+    "num-experts": 4,
+    "moe-router-topk": 2,
+    "moe-ffn-hidden-size": 32,
+    "moe-router-load-balancing-type": "none",
+    "moe-token-dispatcher-type": "alltoall",
+    "bf16": "true",
+    "attention-softmax-in-fp32": "true",
+    "expert-model-parallel-size": 2,
+}
+
+
+@pytest.mark.parametrize("pipeline", [False, True], ids=["EP2", "EP2, PP2, VPP2"])
+def test_megatrons_flag_overlaps_and_changes_no_loss(pipeline: bool, tmp_path) -> None:
+    settings = dict(EXPERTS)
+    if pipeline:
+        settings |= {
+            "pipeline-model-parallel-size": 2,
+            "num-layers-per-virtual-pipeline-stage": 1,
+        }
+    world = 4 if pipeline else 2
+    plain = losses(tmp_path / "plain", world, **settings)
+    flag = {"overlap-moe-expert-parallel-comm": "true"}
+    assert losses(tmp_path / "overlap", world, **settings, **flag) == plain

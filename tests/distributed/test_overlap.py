@@ -53,7 +53,11 @@ def results(ranks) -> tuple:
 
 
 #: In ``make test-all`` only.
-SLOW = ("MLA, MoE, MTP, PP2, VPP2", "MoE, TP2, SP, PP2, VPP2", "embedding and loss alone: E|tt|tt|L")
+SLOW = (
+    "MLA, MoE, MTP, PP2, VPP2",
+    "MoE, TP2, SP, PP2, VPP2",
+    "embedding and loss alone: E|tt|tt|L",
+)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +97,19 @@ def test_recomputed_blocks(cluster: Cluster) -> None:
     run = "tests.distributed.job:train"
     planned = cluster.run(run, 2, job | {"layout": layout | {"overlap": True}})
     assert results(planned) == results(cluster.run(run, 2, job))
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_fp8_wire(overlap: bool, cluster: Cluster) -> None:
+    """Off by default; on, the losses are near those without, and not the same."""
+    layout = CASES["dense, PP2, VPP2"][1] | {"overlap": overlap}
+    run = "tests.distributed.job:train"
+    job = {"kind": {}, "layout": layout, "steps": 2}
+    exact = cluster.run(run, 2, job)
+    rough = cluster.run(run, 2, job | {"mhc": {"wire": "fp8"}})
+    for ours, theirs in zip(rough, exact, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
+        assert ours["loss"] != theirs["loss"] or not theirs["gives_loss"]
 
 
 def test_a_model_that_cannot_overlap_says_so(cluster: Cluster) -> None:
