@@ -211,15 +211,33 @@ class Result:
 
 
 def _result(models: list, losses, input_gradients) -> Result:
-    parameters = {
-        f"{i}.{name}": p.grad.clone()
-        for i, model in enumerate(models)
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
-    for model in models:
-        model.zero_grad(set_to_none=True)
+    parameters = {}
+    for i, model in enumerate(models):
+        for name, p in model.named_parameters():
+            # Transformer Engine adds to main_grad where it is asked to (``accumulate_in_float32``).
+            main = getattr(p, "main_grad", None)
+            gradient = main if main is not None and main.any() else p.grad
+            if gradient is not None:
+                parameters[f"{i}.{name}"] = gradient.clone()
+            p.grad = None
+            if main is not None:
+                main.zero_()
     return Result(losses, parameters, input_gradients)
+
+
+def accumulate_in_float32(models: list) -> list:
+    """Let Transformer Engine's modules add weight gradients to a buffer, as DDP has them do.
+
+    Delayed ones (``delay_wgrad_compute``) are set and not added to ``grad`` otherwise.
+    """
+    for model in models:
+        for module in model.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
+        for p in model.parameters():
+            p.main_grad = torch.zeros_like(p, dtype=torch.float32)
+            p.grad_added_to_main_grad = False
+    return models
 
 
 def plain(models: list, microbatches: int) -> Result:

@@ -157,8 +157,8 @@ def delayed_weight_gradients(schedules: int, longest_ms: float) -> dict:
         build = functools.partial(
             overlap_cases.build, settings, chunks=2, dtype=torch.bfloat16, te=True
         )
-        expected = overlap_cases.plain(build(), MICROBATCHES)
-        models = build(delay_wgrad=True)
+        expected = overlap_cases.plain(overlap_cases.accumulate_in_float32(build()), MICROBATCHES)
+        models = overlap_cases.accumulate_in_float32(build(delay_wgrad=True))
         for seed in range(schedules):
             pairs = overlap_cases.random_pairs(seed, 2, MICROBATCHES)
             with delays(random.Random(seed), longest_ms):

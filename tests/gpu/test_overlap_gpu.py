@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 STRESS = Path(__file__).parent / "overlap_stress.py"
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(420)
 
 
 def run(*arguments: str, before: tuple[str, ...] = (), **environment: str):
@@ -26,7 +26,7 @@ def run(*arguments: str, before: tuple[str, ...] = (), **environment: str):
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=220,
+        timeout=400,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     return done.returncode, json.loads(lines[-1]) if lines else None, done.stdout + done.stderr
@@ -68,8 +68,7 @@ def test_compute_sanitizer() -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not os.path.exists(sanitizer):
         pytest.skip("compute-sanitizer is not installed")
-    before = (sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--kernel-regex-exclude",
-              "kernel_substring=nccl", "--")  # fmt: skip
+    before = (sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--")
     off = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     code, result, output = run("--schedules", "1", before=before, **off)
     assert result is not None and code == 0, output[-4000:]
