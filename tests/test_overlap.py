@@ -343,6 +343,31 @@ def test_nothing_of_a_plan_stays(monkeypatch) -> None:
         gc.enable()
 
 
+def test_the_host_waits_for_nothing(monkeypatch) -> None:
+    """A dense model: Megatron's dispatcher of dropless experts reads their shapes on the host."""
+    from mhc_megatron import cpu
+
+    def wait(*args) -> None:
+        raise AssertionError("the host waits for the GPU")
+
+    models = build(KINDS["dense"], chunks=2)
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(cpu.Stream, "synchronize", wait)
+    monkeypatch.setattr(cpu.Event, "synchronize", wait)
+    planned(models, 3)
+
+
+def test_hybrid_models_are_refused() -> None:
+    from megatron.core.models.hybrid.hybrid_block import HybridStack
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from mhc_megatron.errors import UserError
+    from mhc_megatron.layer_spec import mhc_layer_spec
+
+    with pytest.raises(UserError, match="is for GPT models"):
+        mhc_layer_spec(ModuleSpec(HybridStack), overlap_cases.base_config(), MHCConfig())
+
+
 def test_what_cannot_be_planned_is_refused() -> None:
     from mhc_megatron.errors import UserError
 

@@ -28,6 +28,14 @@ CASES = {
         {"world": 2, "pp": 2, "vp": 3},
     ),
     "MLA, MoE, MTP, PP2, VPP2": (KINDS["MLA, MoE, MTP"], {"world": 2, "pp": 2, "vp": 2}),
+    "MLA, MoE, MTP after the hop: Ett|t|t|mL": (
+        KINDS["MLA, MoE, MTP"],
+        {"world": 2, "pp": 2, "vp": 2, "pipeline_model_parallel_layout": "Ett|t|t|mL"},
+    ),
+    "MLA, MoE, MTP alone: Ett|tt|m|L": (
+        KINDS["MLA, MoE, MTP"],
+        {"world": 2, "pp": 2, "vp": 2, "pipeline_model_parallel_layout": "Ett|tt|m|L"},
+    ),
     "shared experts, EP2, PP2, VPP2": (SHARED, {"world": 4, "ep": 2, "pp": 2, "vp": 2}),
     "MoE, TP2, SP, PP2, VPP2": (
         MOE, {"world": 4, "tp": 2, "sp": True, "etp": 1, "pp": 2, "vp": 2, "ep": 2},
@@ -54,6 +62,7 @@ def results(ranks) -> tuple:
 
 #: In ``make test-all`` only.
 SLOW = (
+    "MLA, MoE, MTP alone: Ett|tt|m|L",
     "MLA, MoE, MTP, PP2, VPP2",
     "MoE, TP2, SP, PP2, VPP2",
     "embedding and loss alone: E|tt|tt|L",
