@@ -17,6 +17,10 @@ VARIANTS = ("none", "hc", "mhc", "identity", "birkhoff")
 INITS = ("paper", "identity", "static")
 EXITS = ("mean", "learned")
 KERNELS = ("auto", "reference")
+WIRES = ("model", "fp8")
+#: Parts of the overlap schedule that a run can leave out, for ablations (overlap.py says what each
+#: one does).
+OVERLAP_PIECES = ("mixing_stream", "gradient_wait", "hop_streams", "open_end", "early_refill")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class MHCConfig:
             feed-forward are two) only the first x and every y are kept, the rest is made again
             before backward. ``auto`` takes the L_r that stores least; 0 or ``off`` keeps
             everything. Gradients are the same to the bit (``mhc_megatron.recompute``).
+        overlap_without: parts of the overlap schedule that are left out, separated by commas:
+            ``OVERLAP_PIECES``. For ablations; the schedule itself is turned on by Megatron's
+            overlap_moe_expert_parallel_comm.
+        wire: x between pipeline stages in the model's dtype (``model``) or, as an experiment, in
+            block-scaled ``fp8``; ``mhc_megatron.wire`` says what it costs.
         seed: seeds phi by layer number and sublayer, so that every parallel layout, and the rest of
             the model with any variant, starts from the same weights.
     """
@@ -71,6 +80,8 @@ class MHCConfig:
     lr_mult: float = 1.0
     phi_weight_decay: float = 1.0
     recompute: int | str = 0
+    overlap_without: str = ""
+    wire: str = "model"
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -83,8 +94,11 @@ class MHCConfig:
         _check_choice("exit", self.exit, EXITS)
         _check_choice("kernels", self.kernels, KERNELS)
         _check_choice("sinkhorn", self.sinkhorn, SINKHORNS)
+        _check_choice("wire", self.wire, WIRES)
         if self.sinkhorn != "paper" and self.variant != "mhc":
             raise UserError(f"mhc: sinkhorn {self.sinkhorn} needs variant mhc, not {self.variant}.")
+        for piece in filter(None, self.overlap_without.split(",")):
+            _check_choice("overlap_without", piece.strip(), OVERLAP_PIECES)
         for name, least in (("n", 1), ("sinkhorn_iterations", 1), ("norm_eps", 0)):
             if getattr(self, name) < least:
                 value = getattr(self, name)
@@ -102,6 +116,10 @@ class MHCConfig:
     def enabled(self) -> bool:
         """False where Megatron's own residual connection is asked for."""
         return self.variant != "none" and self.n > 1
+
+    def overlaps(self, piece: str) -> bool:
+        """Whether the overlap schedule has ``piece``, one of ``OVERLAP_PIECES``."""
+        return piece not in [name.strip() for name in self.overlap_without.split(",")]
 
     @property
     def K(self) -> int:

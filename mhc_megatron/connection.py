@@ -15,9 +15,10 @@ What of all this is kept for backward, ``recompute.py`` decides.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -98,6 +99,7 @@ class HyperConnection(nn.Module):
         self._following: tuple[HyperConnection, ...] = ()
         self._norm: tuple[nn.Module, ...] = ()
         self._reading: Callable | None = None
+        self._deferred: list[Tensor | None] | None = None
         #: The blocks of its chunk and its place among their sublayers; recompute.py sets it.
         self.recompute: tuple[Recompute, int] | None = None
         #: Of the sublayer's norm, where layer_spec.recompute_norm drops its output.
@@ -155,9 +157,7 @@ class HyperConnection(nn.Module):
             return self._head(x)
         if before is not None:
             return self._write_and_read(x, before)
-        u, H_post, H_res, H_pre = self._take_read_ahead(x) or self._ops.mhc_pre(
-            self._split(x), *self._parameters_of_read(), **self._options()
-        )
+        u, H_post, H_res, H_pre = self.read_of(x)
         self._coefficients = H_post, H_res
         if self.observer is not None:
             self.observer(self, H_res)
@@ -178,22 +178,64 @@ class HyperConnection(nn.Module):
             if self.norm_checkpoint is not None:
                 self.norm_checkpoint.discard_output_and_register_recompute(y)
                 self.norm_checkpoint = None
-            if training and p > 0:
-                y = F.dropout(y if y_bias is None else y + y_bias, p=p)
-                y_bias = None
-            write = Write(y.to(x.dtype), y_bias, *self._take_coefficients())
-            if self._following:
-                x_next = self._following[0](x, before=write)
-            else:
-                x_next = self._ops.mhc_post(
-                    self._split(x), write.y, write.H_post, write.H_res, y_bias=y_bias
-                ).flatten(-2)
-            if self.recompute is not None:
-                blocks, position = self.recompute
-                blocks.wrote(position, write, x_next, self._ops.mhc_refill)
-            return x_next
+            if self._deferred is not None:
+                self._deferred.append(y_bias)
+                return y
+            return self.mix(
+                x, Write(y, y_bias, *self.take_coefficients()), training, p, self._following
+            )
 
         return post
+
+    @contextlib.contextmanager
+    def deferring(self) -> Iterator[list[Tensor | None]]:
+        """Within it a write does nothing but note its bias in the list; its result is y itself.
+
+        For a schedule that runs the write on its own, with ``mix``, later and elsewhere.
+        """
+        self._deferred = []
+        try:
+            yield self._deferred
+        finally:
+            self._deferred = None
+
+    def mix(
+        self,
+        x: Tensor,
+        write: Write,
+        training: bool,
+        p: float,
+        following: tuple[HyperConnection, ...] = (),
+    ) -> Tensor:
+        """The write of ``write`` to x [s, b, n*C], with dropout p in training; and where there is
+        one ``following``, its read.
+
+        Without, it is F_post,res alone and uses no parameter of the connection.
+        """
+        y, y_bias = write.y, write.y_bias
+        if training and p > 0:
+            y, y_bias = F.dropout(y if y_bias is None else y + y_bias, p=p), None
+        write = write._replace(y=y.to(x.dtype), y_bias=y_bias)
+        if following:
+            x_next = following[0](x, before=write)
+        else:
+            x_next = self._ops.mhc_post(
+                self._split(x), write.y, write.H_post, write.H_res, y_bias=y_bias
+            ).flatten(-2)
+        if self.recompute is not None:
+            blocks, position = self.recompute
+            blocks.wrote(position, write, x_next, self._ops.mhc_refill)
+        return x_next
+
+    def read_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """u, H_post, H_res, H_pre of x: the read that was made ahead, or one that is made now."""
+        return self._take_read_ahead(x) or self._ops.mhc_pre(
+            self._split(x), *self._parameters_of_read(), **self._options()
+        )
+
+    def expect(self, read: Read) -> None:
+        """Let the next ``forward`` of ``read.x`` find this read instead of making one."""
+        self._read_ahead = read
 
     def normed(self, norm: nn.Module, out: Tensor) -> None:
         """The sublayer's norm has made ``out`` of u: one more tensor that a block can drop."""
@@ -288,7 +330,8 @@ class HyperConnection(nn.Module):
             **({} if self.mhc.sinkhorn == "paper" else {"sinkhorn_kind": self.mhc.sinkhorn}),
         }
 
-    def _take_coefficients(self) -> tuple[Tensor, Tensor | None]:
+    def take_coefficients(self) -> tuple[Tensor, Tensor | None]:
+        """H_post and H_res of the last read; they are taken once."""
         if self._coefficients is None:
             raise RuntimeError(f"hyper-connection {self.name}: write without a read before it")
         taken, self._coefficients = self._coefficients, None

@@ -161,6 +161,11 @@ class Stream:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.device = torch.device("cpu")
 
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        """As Hopper answers: the least urgent, the most urgent."""
+        return 0, -5
+
     def synchronize(self) -> None:
         pass
 
@@ -202,10 +207,21 @@ class Event:
 
 
 _STREAM = Stream()
+#: Streams that ``torch.cuda.stream`` was entered with; the last one is current.
+_entered: list[Stream] = [_STREAM]
 
 
 @contextlib.contextmanager
 def _stream_context(stream: Any = None):
+    _entered.append(stream if stream is not None else _entered[-1])
+    try:
+        yield
+    finally:
+        _entered.pop()
+
+
+@contextlib.contextmanager
+def _device_context(device: Any = None):
     yield
 
 
@@ -228,10 +244,10 @@ def _stand_in_for_cuda() -> None:
         "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
         "manual_seed_all": _nothing(),  # torch.manual_seed calls it after the CPU generator
         "initial_seed": torch.initial_seed,
-        "current_stream": lambda *a: _STREAM,
+        "current_stream": lambda *a: _entered[-1],
         "default_stream": lambda *a: _STREAM,
         "stream": _stream_context,
-        "device": _stream_context,
+        "device": _device_context,
         "Stream": Stream,
         "Event": Event,
         "memory_allocated": lambda *a: 0,

@@ -41,6 +41,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
+from mhc_megatron import overlap
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.connection import HyperConnection
 from mhc_megatron.errors import UserError
@@ -82,6 +83,11 @@ def mhc_layer_spec(
             [_mtp_layer(layer, mhc) for layer in spec.layer_specs or []]
         )
     if isinstance(spec, ModuleSpec) and issubclass(spec.module, HybridStack):
+        if config.overlap_moe_expert_parallel_comm:
+            raise UserError(
+                "mhc: overlap-moe-expert-parallel-comm is for GPT models; leave it out of a hybrid "
+                "model's run."
+            )
         return _hybrid_stack(spec, mhc)
     block, chain = _get_block_submodules(config, spec, vp_stage), Chain()
     return TransformerBlockSubmodules(
@@ -327,6 +333,8 @@ class HyperConnectedLayer(MegatronModule):
         if not isinstance(self.cross_attention, IdentityOp):
             raise UserError("mhc: layers with cross-attention are not supported.")
         self.mhc, self.C = mhc, config.hidden_size
+        #: Whether a schedule plan (overlap.py) runs this layer's parts.
+        self.planned = False
         # Megatron runs the bias-dropout-add with gradients on even in evaluation, for its fused
         # kernel; the write would then record a graph that nobody uses.
         self.bias_dropout_add_exec_handler = contextlib.nullcontext
@@ -370,6 +378,24 @@ class HyperConnectedLayer(MegatronModule):
 
     def _blocks(self) -> Recompute | None:
         return recompute_of(self.mhc, self.config, get_pg_rank(self.pg_collection.pp))
+
+    def _forward_attention(self, hidden_states: Tensor, *args, **kwargs):
+        # A schedule plan calls this, not ``forward``, and gives an MTP layer [s, b, C].
+        if self.planned:
+            if hidden_states.shape[-1] == self.C:
+                hidden_states = enter(hidden_states, self.mhc.n)
+            hidden_states = self.attn_hc(hidden_states, head=True)
+        return super()._forward_attention(hidden_states, *args, **kwargs)
+
+    def init_backward_dw_wrapper(self) -> None:
+        # What a schedule plan calls first (models/gpt/fine_grained_callables.py:281). Megatron's
+        # own would detach x without its coefficients, and their gradients would be lost.
+        if not overlap.planning():
+            raise UserError(
+                "overlap-moe-expert-parallel-comm with hyper-connections needs "
+                "mhc_megatron.overlap.HyperConnectedGPTModel in the place of GPTModel."
+            )
+        super().init_backward_dw_wrapper()
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         if hidden_states.shape[-1] == self.C:

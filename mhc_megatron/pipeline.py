@@ -16,6 +16,7 @@ from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from mhc_megatron import wire
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.streams import enter
 
@@ -35,6 +36,7 @@ def widen_pipeline[Model: (nn.Module, list[nn.Module])](model: Model, mhc: MHCCo
         if not mhc.enabled or config.pipeline_model_parallel_size == 1:
             continue
         if not isinstance(config, WideConfig):
+            wire.choose(mhc, config)
             _meet_narrow_hops(wrappers[-1], mhc.n, config.hidden_size)
         for wrapper in wrappers:
             wrapper.config = wide_config(wrapper.config, mhc.n)

@@ -237,6 +237,9 @@ class Block:
         self._make: Refill | None = None
         self._filled: torch.cuda.Event | None = None
         self._stream: torch.cuda.Stream | None = None
+        #: Where its memory is from and goes back to: a schedule may write, and so close and refill
+        #: it, on another stream than the one that reads.
+        self._home = _current_stream(x)
         self._end: int | None = None
 
     @property
@@ -282,8 +285,9 @@ class Block:
         if not self.dropped:
             return
         self.dropped = False
-        self._memory = [target.allocate() for target in self._targets]
-        with _beside(self.x) as self._filled:
+        with torch.cuda.stream(self._home) if self._home else contextlib.nullcontext():
+            self._memory = [target.allocate() for target in self._targets]
+        with _beside(self.x, self._home) as self._filled:
             self._fill(self._memory)
 
     def _before_backward(self) -> None:
@@ -415,8 +419,10 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextlib.contextmanager
-def _beside(x: Tensor):
-    """Run on the refill's stream after all that the current one was given; yields the event.
+def _beside(x: Tensor, home: torch.cuda.Stream | None):
+    """Run on the refill's stream after all that the current one and ``home`` were given.
+
+    Yields the event of its end.
 
     None, on the current stream, for what is not on a GPU.
     """
@@ -425,6 +431,7 @@ def _beside(x: Tensor):
         return
     side, done = side_stream(x.device), torch.cuda.Event()
     side.wait_stream(torch.cuda.current_stream(x.device))
+    side.wait_stream(home)
     with torch.cuda.stream(side):
         yield done
         done.record(side)

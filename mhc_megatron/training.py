@@ -58,6 +58,7 @@ from mhc_megatron.corpus import check_corpus
 from mhc_megatron.errors import UserError
 from mhc_megatron.layer_spec import mhc_layer_spec
 from mhc_megatron.optimizer import group_connections
+from mhc_megatron.overlap import HyperConnectedGPTModel
 from mhc_megatron.pipeline import embedding_ranks, widen_pipeline
 from mhc_megatron.recompute import check_recompute
 
@@ -83,7 +84,7 @@ class MHCModelBuilder(GPTModelBuilder):
 
     def build_model(self, *args, **kwargs) -> GPTModel:
         """One stage of the model."""
-        with _hyper_connected_prediction(self._model_config.mhc):
+        with _hyper_connected_parts(self._model_config.mhc):
             return super().build_model(*args, **kwargs)
 
     def build_distributed_models(self, *args, **kwargs) -> list[GPTModel]:
@@ -128,23 +129,26 @@ def _layer_spec(config: MHCModelConfig, vp_stage: int | None = None, *, base):
 
 
 @contextlib.contextmanager
-def _hyper_connected_prediction(mhc: MHCConfig):
-    """Connections in the multi-token prediction block too.
+def _hyper_connected_parts(mhc: MHCConfig):
+    """Connections in the multi-token prediction block too, and a model that can overlap them.
 
-    ``GPTModelBuilder.build_model`` (training/models/gpt.py:293) makes its spec from the plain layer
-    and has no parameter for another one, so the function that it calls is replaced meanwhile.
+    ``GPTModelBuilder.build_model`` (training/models/gpt.py:293) makes the block's spec from the
+    plain layer, names GPTModel (:309) and has no parameters for others, so what it calls is
+    replaced meanwhile.
     """
-    plain = megatron_gpt.mtp_block_spec
+    plain, model = megatron_gpt.mtp_block_spec, megatron_gpt.GPTModel
 
     def mtp_block_spec(config, transformer_layer_spec, vp_stage=None):
         spec = plain(config, transformer_layer_spec, vp_stage=vp_stage)
         return spec and mhc_layer_spec(spec, config.transformer, mhc)
 
     megatron_gpt.mtp_block_spec = mtp_block_spec
+    if mhc.enabled:
+        megatron_gpt.GPTModel = functools.partial(HyperConnectedGPTModel, mhc=mhc)
     try:
         yield
     finally:
-        megatron_gpt.mtp_block_spec = plain
+        megatron_gpt.mtp_block_spec, megatron_gpt.GPTModel = plain, model
 
 
 def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None = None) -> None:

@@ -119,3 +119,24 @@ def test_a_run_goes_on_in_another_layout(layout: str, one, tmp_path) -> None:
     assert len(whole) == 6
     rest = losses(tmp_path, **LAYOUTS[layout], load=checkpoints, ckpt_step=3)
     assert rest == pytest.approx(whole[3:], rel=1e-5)
+
+
+EXPERTS = {
+    "mtp-num-layers": "null",
+    "num-experts": 4,
+    "moe-router-topk": 2,
+    "moe-ffn-hidden-size": 32,
+    "moe-router-load-balancing-type": "none",
+    "moe-token-dispatcher-type": "alltoall",
+    "bf16": "true",
+    "attention-softmax-in-fp32": "true",
+    "expert-model-parallel-size": 2,
+}
+
+
+def test_megatrons_flag_overlaps_and_changes_no_loss(tmp_path) -> None:
+    plain = losses(tmp_path / "plain", 2, **EXPERTS)
+    overlapped = losses(
+        tmp_path / "overlap", 2, **EXPERTS, **{"overlap-moe-expert-parallel-comm": "true"}
+    )
+    assert overlapped == plain

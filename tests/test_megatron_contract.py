@@ -37,6 +37,8 @@ class Reliance:
 
 LAYER = "core/transformer/transformer_layer.py"
 SCHEDULES = "core/pipeline_parallel/schedules.py"
+PLAN = "core/models/common/model_chunk_schedule_plan.py"
+CALLABLES = "core/models/gpt/fine_grained_callables.py"
 MTP = "core/transformer/multi_token_prediction.py"
 OPTIMIZER = "core/optimizer/__init__.py"
 
@@ -127,6 +129,44 @@ RELIES_ON = [
              "def get_parameter_state_dp_zero",
              "offset_in_world_tensors += gbuf_world_numel_unpadded",
              "what is gathered has no padding between buckets, close_bucket_gaps mends it"),
+    Reliance("overlap.py", PLAN, "class TransformerLayerSchedulePlan",
+             "b_grad = b_layer.mtp_post_process.backward(b_grad) "
+             "b_grad = b_layer.moe_combine.backward(b_grad)",
+             "F_post,res sits in the fifth slot: first in backward"),
+    Reliance("overlap.py", PLAN, "class TransformerLayerSchedulePlan",
+             "b_grad = b_layer.pre_dispatch_computation.backward(b_grad) if f_layer is not None: "
+             "with f_layer.get_low_precision_context(): "
+             "f_input = f_layer.mtp_post_process.forward(f_input)",
+             "F_post,res is issued after the other microbatch's attention"),
+    Reliance("overlap.py", PLAN, "class TransformerModelChunkSchedulePlan",
+             "plan_cls = self.LAYER_SCHEDULE_PLAN_CLASS or TransformerLayerSchedulePlan",
+             "the layers' plan is ours"),
+    Reliance("overlap.py", CALLABLES, "def build_transformer_layer_callables",
+             "node.layer_state.residual = node.detach(hidden_states)",
+             "x of the write comes from the first slot"),
+    Reliance("overlap.py", CALLABLES, "def build_transformer_layer_callables",
+             "hidden_states = layer.mlp_bda(layer.training, layer.config.bias_dropout_fusion)( "
+             "mlp_output_with_bias, residual, layer.hidden_dropout )",
+             "the write is deferred where Megatron's combine calls it"),
+    Reliance("overlap.py", CALLABLES, "def build_transformer_layer_callables",
+             "if not node.is_mtp and final_layernorm and node.is_last_layer:",
+             "the final norm is kept out of the combine"),
+    Reliance("overlap.py", CALLABLES, "def build_transformer_layer_callables",
+             "layer.init_backward_dw_wrapper()", "a plan that is not ours is refused"),
+    Reliance("overlap.py", "core/models/common/utils.py", "def should_free_input",
+             "return free_input_nodes.get(name, False)", "a node of its own name keeps its input"),
+    Reliance("overlap.py", "core/models/common/utils.py", "class TransformerLayerNode",
+             "detached_grad = tuple([e.grad for e in self.detached])",
+             "gradients of H_post and H_res come back to the first slot"),
+    Reliance("overlap.py", "core/pipeline_parallel/combined_1f1b.py",
+             "def combined_forward_backward_step", "type(f_schedule_plan or b_schedule_plan).run(",
+             "the plan's own run is used"),
+    Reliance("overlap.py", SCHEDULES, "def forward_backward_pipelining_with_interleaving",
+             "if send_next_wait_handle is not None and config.deallocate_pipeline_outputs: "
+             "send_next_wait_handle.wait()",
+             "a send makes its stream wait for its end, so it has one of its own"),
+    Reliance("training.py", "training/models/gpt.py", "class GPTModelBuilder", "model = GPTModel(",
+             "the model class is replaced where build_model names it"),
     Reliance("observer.py", "training/training.py", "def training_log", "grad_norm,",
              "the observer reads the step's numbers"),
 ]

@@ -4,6 +4,7 @@ A job is a dictionary:
 
     kind, layout    see models.py
     mhc             fields of MHCConfig
+    batch           sequences of a step, over all ranks and microbatches (default data.BATCH)
     steps           how many (default 3), the first one's number is ``first_step``
     builder         module with a ``build`` function, in the place of ours
     load, save      folders of torch_dist checkpoints
@@ -60,7 +61,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     _configure(model, optimizer, ddp)
     tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
     first = job.get("first_step", 0)
-    steps = [step(model, optimizer, s) for s in range(first, first + job.get("steps", 3))]
+    numbers = range(first, first + job.get("steps", 3))
+    steps = [step(model, optimizer, s, job.get("batch", BATCH)) for s in numbers]
     if job.get("save"):
         if ddp.get("overlap_param_gather"):
             # As training/training.py does before it saves: the last step's parameters arrive.
@@ -122,13 +124,13 @@ def make_optimizer(job, model, ddp, mhc):
     return get_megatron_optimizer(config, model, config_overrides=overrides)
 
 
-def step(model, optimizer, number: int) -> tuple[float, float]:
+def step(model, optimizer, number: int, batch: int = BATCH) -> tuple[float, float]:
     """One optimizer step: the sum of this rank's token losses, the norm of all gradients."""
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     data_ranks = parallel_state.get_data_parallel_world_size()
-    sequences = range(parallel_state.get_data_parallel_rank(), BATCH, data_ranks)
+    sequences = range(parallel_state.get_data_parallel_rank(), batch, data_ranks)
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter([(number, i) for i in sequences]) for _ in model],
@@ -142,7 +144,7 @@ def step(model, optimizer, number: int) -> tuple[float, float]:
     return sum(float(entry["lm loss"][0]) for entry in losses), grad_norm
 
 
-def forward_step(data_iterator, model):
+def forward_step(data_iterator, model, return_schedule_plan: bool = False):
     """As ``mhc_megatron.training.forward_step``, without the trainer's global state."""
     number, index = next(data_iterator)
     generator = torch.Generator().manual_seed(1000 * number + index)
@@ -160,7 +162,8 @@ def forward_step(data_iterator, model):
             batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
         )
     # No mask: Megatron's local attention makes a causal one.
-    output = model(
+    run = model.build_schedule_plan if return_schedule_plan else model
+    output = run(
         batch["tokens"],
         batch["position_ids"],
         None,

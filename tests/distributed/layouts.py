@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fp32 residual, bf16": {"fp32_residual_connection": True, "dtype": "bfloat16"},
     "bf16": {"dtype": "bfloat16"},
     "MoE alltoall": MOE,
+    "MoE alltoall, bf16": MOE | {"dtype": "bfloat16"},
     "MoE allgather": MOE | {"moe_token_dispatcher_type": "allgather"},
     "MoE, shared expert, loss-free balancing": MOE
     | {
@@ -173,6 +174,8 @@ ROWS: list[Row] = [
     _row("MoE alltoall", "TP2, SP, expert TP1, EP2", 2, tp=2, sp=True, ep=2, etp=1),
     _row("MoE alltoall", "TP2, SP, expert TP2", 2, tp=2, sp=True, etp=2),
     _row("MoE alltoall", "EP2, PP2, VPP2", 4, ep=2, pp=2, vp=2),
+    _row("MoE alltoall, bf16", "EP2, PP2, VPP2, overlap of expert communication", 4,
+         ep=2, pp=2, vp=2, tolerance=2e-2, overlap_moe_expert_parallel_comm=True),
     _row("MoE alltoall", "EP4, distributed optimizer, overlaps", 4, ep=4, **OVERLAPPED),
     _row("MoE allgather", "EP2", 2, ep=2),
     _row("MoE allgather", "TP2, SP, EP2, expert TP2", 4, tp=2, sp=True, ep=2, etp=2),

@@ -2,7 +2,7 @@
 
 A *kind* is a dictionary: fields of Megatron's TransformerConfig and GPTModelConfig (or
 HybridModelConfig where it has a ``hybrid_layer_pattern``) over ``BASE``. A *layout* is another one:
-tp, pp, vp, cp, ep, etp, sp, world, and fields of the same configurations over it.
+tp, pp, vp, cp, ep, etp, sp, world, overlap, and fields of the same configurations over it.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ def model_config(
         "fp16": dtype == "float16",
         "overlap_p2p_comm": bool(layout.get("vp")),
     }
+    overlap = settings.pop("overlap", False)
     hybrid = "hybrid_layer_pattern" in settings
     model_class = MHCHybridModelConfig if hybrid else MHCModelConfig
     of_model = {f.name for f in dataclasses.fields(model_class)} - {"transformer"}
@@ -120,6 +121,9 @@ def model_config(
     config = (MLATransformerConfig if mla else TransformerConfig)(
         activation_func=F.silu, **settings
     )
+    # Megatron's own flag wants half precision and several expert-parallel ranks
+    # (transformer_config.py:2680); nothing that it turns on needs either.
+    config.overlap_moe_expert_parallel_comm |= overlap
     if hybrid:
         own["hybrid_stack_spec"] = hybrid_spec(config)
     return model_class(
