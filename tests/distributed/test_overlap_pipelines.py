@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.cluster import Cluster
-from tests.distributed.layouts import KINDS, MOE
+from tests.distributed.layouts import KINDS, MOE, OVERLAPPED
 
 pytestmark = pytest.mark.distributed
 
@@ -40,6 +40,10 @@ CASES = {
     "MoE, TP2, SP, PP2, VPP2": (
         MOE, {"world": 4, "tp": 2, "sp": True, "etp": 1, "pp": 2, "vp": 2, "ep": 2},
     ),
+    "shared experts, EP2, PP2, VPP2, gradients reduced and weights gathered meanwhile": (
+        SHARED,
+        {"world": 4, "ep": 2, "pp": 2, "vp": 2, **OVERLAPPED},
+    ),
     "embedding and loss alone: E|tt|tt|L": (
         {}, {"world": 2, "pp": 2, "vp": 2, "pipeline_model_parallel_layout": "E|tt|tt|L"},
     ),
@@ -62,6 +66,7 @@ def results(ranks) -> tuple:
 
 #: In ``make test-all`` only.
 SLOW = (
+    "shared experts, EP2, PP2, VPP2, gradients reduced and weights gathered meanwhile",
     "MLA, MoE, MTP alone: Ett|tt|m|L",
     "MLA, MoE, MTP, PP2, VPP2",
     "MoE, TP2, SP, PP2, VPP2",
