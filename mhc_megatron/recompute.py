@@ -295,9 +295,10 @@ class Block:
         self.refill()
         if self._filled is not None:
             now = _current_stream(self.x)
-            if now != self._stream:
-                # Not the stream that owns what the refill reads: it learns of the reader here.
-                for tensor in self._inputs():
+            if now != self._stream or now != self._home:
+                # What the refill reads, and writes for itself, goes back to streams that have not
+                # waited for it: they learn of it here.
+                for tensor in self._inputs() + self._filled_tensors():
                     tensor.record_stream(side_stream(tensor.device))
             now.wait_event(self._filled)
         self.sublayers, self._targets, self._memory, self._filled = [], [], [], None
@@ -324,6 +325,10 @@ class Block:
                 with torch.enable_grad():
                     made = sublayer.norm.forward(u.requires_grad_())
                 of.normed.copy_(made.detach())
+
+    def _filled_tensors(self) -> list[Tensor]:
+        memory = [(of.x, of.u, of.normed) for of in self._memory]
+        return [tensor for of in memory for tensor in of if tensor is not None]
 
     def _inputs(self) -> list[Tensor]:
         tensors = [self.x]

@@ -17,7 +17,8 @@ Then a timeline: two slots under torch.profiler; trace and picture.
 
 Several GPUs: the same pieces in Megatron's interleaved schedule over NCCL, milliseconds of a step.
 
-Written to --out: table.txt, results.json, trace.json, timeline.png. Exit code 0; 1 if a part failed
+Written to --out: table.txt, results.json; *.png and *.trace.json.gz of the
+whole schedule (timeline) and of Megatron's placing (megatrons). Exit code 0; 1 if a part failed
 (the rest is written all the same); 2 for bad arguments or no GPU.
 """
 
@@ -272,7 +273,7 @@ def timeline(options, out: Path, model, example, wires, shape) -> dict[str, Any]
                 stage.slot()
             torch.cuda.synchronize()
             found = record(lambda stage=stage: [stage.slot() for _ in range(2)],
-                           out / f"{stem}.trace.json")  # fmt: skip
+                           out / f"{stem}.trace.json.gz")  # fmt: skip
         result[name] = hidden(found)
         title = f"{name}: {device_name(options)}, emulated wire"
         draw(found, out / f"{stem}.png", title, (0.35, 0.85))

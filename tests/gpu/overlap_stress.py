@@ -71,7 +71,9 @@ def delays(draw: random.Random, longest_ms: float):
     """
     from megatron.core.pipeline_parallel.utils import ScheduleNode
 
-    acquire = ScheduleNode.stream_acquire_context
+    from mhc_megatron.recompute import Block
+
+    acquire, fill = ScheduleNode.stream_acquire_context, Block._fill
     slow = draw.choice(["compute", "mixing", "wire", "none"])
 
     @contextlib.contextmanager
@@ -85,11 +87,15 @@ def delays(draw: random.Random, longest_ms: float):
             if draw.random() < 1 / 6:
                 torch.cuda._sleep(int(1.5e6 * longest_ms * draw.random()))
 
-    ScheduleNode.stream_acquire_context = delayed
+    def slow_fill(block, filled):
+        torch.cuda._sleep(int(1.5e6 * longest_ms * draw.random()))  # on the refill's own stream
+        fill(block, filled)
+
+    ScheduleNode.stream_acquire_context, Block._fill = delayed, slow_fill
     try:
         yield
     finally:
-        ScheduleNode.stream_acquire_context = acquire
+        ScheduleNode.stream_acquire_context, Block._fill = acquire, fill
 
 
 class Models:

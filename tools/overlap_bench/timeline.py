@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import gzip
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,14 +48,17 @@ class Span:
 
 
 def record(work: Callable[[], None], path: Path) -> list[Span]:
-    """Run ``work`` under the profiler; writes the trace (Chrome's format) and returns its spans."""
+    """Run ``work`` under the profiler; returns the trace's spans.
+
+    Writes the trace to ``path``, which ends with .json.gz (Chrome's format, compressed).
+    """
     from torch.profiler import ProfilerActivity, profile
 
     with _named_nodes(), profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
         work()
         torch.cuda.synchronize()
     prof.export_chrome_trace(str(path))
-    with path.open(encoding="utf-8") as f:
+    with gzip.open(path, "rt", encoding="utf-8") as f:
         return spans(json.load(f)["traceEvents"])
 
 
@@ -110,8 +115,6 @@ def spans(events: list[dict[str, Any]]) -> list[Span]:
 
 def _within(ranges: list[tuple[float, float, str]], at: float) -> str:
     """The range that holds the moment ``at``; the last that began, as nodes do not nest."""
-    import bisect
-
     i = bisect.bisect_right(ranges, (at, float("inf"), "")) - 1
     return ranges[i][2] if i >= 0 and ranges[i][0] <= at <= ranges[i][1] else ""
 
