@@ -138,12 +138,12 @@ def store_sums(
 @gluon.jit
 def mix(x, y, H_res, H_post, o: gl.constexpr, n: gl.constexpr, RES: gl.constexpr):
     """Stream o of H_res x + H_post y, as ``post_pre.mix``."""
-    out = H_post[o][:, None] * y
     if RES:
+        out = H_post[o][:, None] * y
         for i in gl.static_range(n):
-            out += H_res[o * n + i][:, None] * x[i]
+            out = gl.fma(H_res[o * n + i][:, None], x[i], out)
     else:
-        out += x[o]
+        out = gl.fma(H_post[o][:, None], y, x[o])
     return out
 
 
@@ -500,12 +500,12 @@ def store_products(
 @gluon.jit
 def mix_rounded(x, y, H_res, H_post, o: gl.constexpr, n: gl.constexpr, RES: gl.constexpr):
     """``mix`` of bfloat16 tiles, widened where they are used: half the registers."""
-    out = H_post[o][:, None] * y
     if RES:
+        out = H_post[o][:, None] * y
         for i in gl.static_range(n):
-            out += H_res[o * n + i][:, None] * x[i].to(gl.float32)
+            out = gl.fma(H_res[o * n + i][:, None], x[i].to(gl.float32), out)
     else:
-        out += x[o].to(gl.float32)
+        out = gl.fma(H_post[o][:, None], y, x[o].to(gl.float32))
     return out
 
 

@@ -26,13 +26,17 @@ from .device import arrive, dot, fold, load_columns, pin, sum_parts, wait_for_in
 
 @triton.jit
 def mix(x, y, H_res, H_post, o: tl.constexpr, n: tl.constexpr, RES: tl.constexpr):
-    """Stream o of H_res x + H_post y; x a tuple of n tiles, H_res [n*n] and H_post [n] of [BT]."""
-    out = H_post[o][:, None] * y
+    """Stream o of H_res x + H_post y; x a tuple of n tiles, H_res [n*n] and H_post [n] of [BT].
+
+    Fused multiply-adds by name: of a b + c d the compiler may fuse either product, and a refill
+    must give the forward's bits.
+    """
     if RES:
+        out = H_post[o][:, None] * y
         for i in tl.static_range(n):
-            out += H_res[o * n + i][:, None] * x[i]
+            out = tl.fma(H_res[o * n + i][:, None], x[i], out)
     else:
-        out += x[o]
+        out = tl.fma(H_post[o][:, None], y, x[o])
     return out
 
 

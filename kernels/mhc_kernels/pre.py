@@ -149,7 +149,8 @@ def read_kernel(
         at = rows[:, None] * (n * C) + channels[None, :]
         u = tl.zeros([BT, BC], tl.float32)
         for i in tl.static_range(n):
-            u += weights[i] * tl.load(x_ptr + at + i * C, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + at + i * C, mask=inside, other=0.0).to(tl.float32)
+            u = tl.fma(weights[i], x, u)
         if NORM:
             u *= load_weight(norm_weight_ptr, channels, C, BC)
         to = u_ptr + rows[:, None] * C + channels[None, :]

@@ -88,7 +88,7 @@ def write_read(
     H_pre = load_columns(H_pre_ptr, rows, n, 0, n, mask)
     u = tl.zeros([BT, BC], tl.float32)
     for i in tl.static_range(n):
-        u += H_pre[i][:, None] * x[i]
+        u = tl.fma(H_pre[i][:, None], x[i], u)
     if NORM:
         u *= tl.load(norm_weight_ptr + channels).to(tl.float32)[None, :]
     tl.store(u_ptr + at_u, u.to(u_ptr.dtype.element_ty), mask=mask[:, None])
