@@ -126,6 +126,8 @@ def build(
         with _numbered_from(first):
             part = dataclasses.replace(specs, layer_specs=specs.layer_specs[first : first + layers])
             model = _chunk(HyperConnectedGPTModel, config, part, mtp, mhc, i, chunks)
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            model = model.cuda()  # torch's own norms are made on the CPU
         models.append(model.to(dtype) if dtype != torch.float32 else model)
         first += layers
     stir(models)
