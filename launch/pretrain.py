@@ -4,8 +4,9 @@
     launch/pretrain.py --config configs/tiny.yaml --set train-iters=200 --set mhc.variant=hc
     torchrun --nproc-per-node 8 launch/pretrain.py --config configs/mhc-3b.yaml
 
-Without a GPU it runs on the CPU (gloo). Ctrl-C or SIGTERM saves and ends with exit code 0; the
-same command goes on from there.
+Without a GPU it runs on the CPU (gloo). Ctrl-C, SIGTERM or SIGUSR1 saves and ends with exit code 0;
+the same command goes on from there. SIGUSR2 prints the stacks of all threads. Why a rank ended in
+another way is noted in the run's faults.jsonl; launch/supervise.py starts it again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import errno
 import importlib.util
 import os
-import signal
 import socket
 import sys
 import traceback
@@ -29,32 +29,64 @@ for _path in (os.path.join(_ROOT, "kernels"), _ROOT):
     if _path not in sys.path:
         sys.path.insert(0, _path)
 
+from mhc_megatron import faults  # noqa: E402
+
+if __name__ == "__main__":  # before torch, whose threads inherit what is set here
+    faults.die_with_launcher()
+    faults.hold_stop_signal()
+
 from launch.settings import Settings, load, parse  # noqa: E402
 from mhc_megatron.errors import UserError  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    console = sys.stdout
+    console, run_dir = sys.stdout, ""
     try:
         settings = load(options.config, options.set)
-        if options.run_dir:
-            settings.run.dir = options.run_dir
-        console = _prepare_output(settings.run.dir, options.verbose)
+        settings.run.dir = options.run_dir or settings.run.dir
+        run_dir = settings.run.dir
+        console = _prepare_output(run_dir, options.verbose)
         _run(settings, console)
         return 0
     except UserError as error:
         _say(console, f"error: {error}")
-        return 2
+        return _ended(run_dir, 2, str(error))
     except SystemExit as error:
-        return int(error.code or 0)
+        code = int(error.code or 0)
+        return _ended(run_dir, code, _MEGATRON_EXITS.get(code, f"exit code {code}"))
     except KeyboardInterrupt:
         _say(console, "interrupted before a checkpoint could be saved")
         return 130
     except Exception as error:  # the traceback goes to the log, one line to the terminal
         traceback.print_exc()
-        _say(console, f"error: {type(error).__name__}: {error} (see {_log_path(settings.run.dir)})")
-        return 1
+        said = f"{type(error).__name__}: {error}"
+        _say(console, f"error: {said} (see {_log_path(run_dir)})")
+        return _ended(run_dir, 1, said, full_disk=faults.is_full_disk(error))
+
+
+_MEGATRON_EXITS = {
+    faults.EXIT_RERUN_ELSEWHERE: "a bad result came twice on this GPU: to be tried on another one",
+    faults.EXIT_BAD_RESULT: "a bad result: the rerun machine's verdict is in the rank's log",
+}
+
+
+def _ended(run_dir: str, code: int, reason: str, full_disk: bool = False) -> int:
+    """Note why this rank ends with ``code`` where it was not asked to; returns ``code``."""
+    if code and os.path.isdir(run_dir):
+        bad = code in _MEGATRON_EXITS or "Unexpected result" in reason
+        faults.note(run_dir, code, reason, _iteration(), bad_result=bad, full_disk=full_disk)
+    return code
+
+
+def _iteration() -> int | None:
+    """The iteration that was being trained; None before the first."""
+    if "megatron.training" not in sys.modules:
+        return None
+    from megatron.training import global_vars
+
+    current = getattr(global_vars._GLOBAL_ARGS, "curr_iteration", None)
+    return None if current is None else current + 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,7 +117,9 @@ def _run(settings: Settings, console: TextIO | None) -> None:
     from mhc_megatron import cpu
 
     _single_process_environment()
+    faults.dump_stacks_when_asked()
     values = _defaults(settings) | settings.megatron
+    values |= _bad_results(settings)
     if cpu.enabled() or not torch.cuda.is_available():
         cpu.enable()
         values |= cpu.ARGUMENTS
@@ -98,14 +132,23 @@ def _run(settings: Settings, console: TextIO | None) -> None:
 
     check_arguments(args)
     decay_in_steps(settings.run.lr_steps, args)
-    _save_on_interrupt()
+    faults.stop_when_asked()
+    faults.guard_checkpoint_writer()
     seen = console if args.rank == args.world_size - 1 else None
-    observer = Observer(
-        settings.run.dir, settings.run.name, settings.mhc, settings.run.stability_interval, seen
-    )
+    observer = Observer(settings.run, settings.mhc, seen)
     observer.attach()
-    pretrain(args, settings.mhc)
+    pretrain(args, settings.mhc, say=observer.say)
     observer.exit()
+
+
+def _bad_results(settings: Settings) -> dict[str, Any]:
+    """Megatron's arguments for the run's policy on a NaN in the loss or the gradient."""
+    skipped = faults.skipped_iterations(settings.run.dir)
+    if settings.run.bad_loss != "skip" and not skipped:
+        return {}
+    given = settings.megatron.get("iterations-to-skip") or []
+    # The rerun machine's own checkpoint would bring the bad iteration back.
+    return {"rerun-mode": "disabled", "iterations-to-skip": [*given, *skipped] or None}
 
 
 def _defaults(settings: Settings) -> dict[str, Any]:
@@ -164,16 +207,6 @@ def _single_process_environment() -> None:
         port = str(free.getsockname()[1])
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-
-
-def _save_on_interrupt() -> None:
-    """Ctrl-C asks for what SIGTERM asks for: save and end. A second one ends at once."""
-
-    def interrupt(signum, frame):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    signal.signal(signal.SIGINT, interrupt)
 
 
 def _say(console: TextIO, line: str) -> None:

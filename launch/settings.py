@@ -35,6 +35,15 @@ class RunSettings:
         stability_interval: steps between stability records; 0 for none.
         gpus: GPUs that the parallel layout was chosen for; tools/plan.py's default, 0 where the
             file does not say. A run may have any number that the layout divides.
+        bad_loss: what to do about a NaN or infinity in the loss or gradient. ``stop``: Megatron's
+            rerun machine tries the step again, in place and then elsewhere, and ends the run.
+            ``skip``: the run ends at once; when the same iteration was bad twice,
+            launch/supervise.py leaves it out.
+        hang_minutes: without a step, an evaluation or a save after which a rank prints its stacks
+            and ends; 0 for never.
+        prometheus: folder of a node exporter's textfile collector, for the last rank's metrics;
+            empty for none.
+        alarm_gain: composite gain above which an alarm is logged; 0 for none.
         lr_steps: the decay of the learning rate in steps, as ``mhc_megatron.schedule`` takes it:
             ``{0.8: 0.316, 0.9: 0.1}``.
     """
@@ -43,6 +52,10 @@ class RunSettings:
     dir: str = ""
     stability_interval: int = 100
     gpus: int = 0
+    bad_loss: str = "stop"
+    hang_minutes: float = 30.0
+    prometheus: str = ""
+    alarm_gain: float = 0.0
     lr_steps: dict[float, float] = field(default_factory=dict)
 
 
@@ -137,10 +150,14 @@ def _run_settings(values: Mapping[str, Any]) -> RunSettings:
     for key, value in given.items():
         if key not in known:
             raise UserError(f"run: unknown key {key!r}{nearest(key, list(known))}")
-        if type(value) is not known[key]:
+        if known[key] is float and type(value) is int:
+            given[key] = float(value)
+        elif type(value) is not known[key]:
             raise UserError(f"run: {key} must be of type {known[key].__name__}, not {value!r}.")
     settings = RunSettings(**given)
-    for key in ("stability_interval", "gpus"):
+    if settings.bad_loss not in ("stop", "skip"):
+        raise UserError(f"run: bad_loss must be stop or skip, not {settings.bad_loss!r}.")
+    for key in ("stability_interval", "gpus", "hang_minutes", "alarm_gain"):
         if getattr(settings, key) < 0:
             raise UserError(f"run: {key} must not be negative.")
     check_steps(settings.lr_steps)

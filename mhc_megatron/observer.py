@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from megatron.training.utils import is_last_rank
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.connection import HyperConnection
 from mhc_megatron.corpus import unigram_entropy
+from mhc_megatron.faults import Watchdog
 from mhc_megatron.hardware import peak_tflops
 from mhc_megatron.metrics import MetricsWriter
 from mhc_megatron.stability import Monitor
@@ -39,23 +40,16 @@ class Observer:
     """Watches one run. Only the last rank, which knows the loss, writes.
 
     Args:
-        run_dir: metrics.jsonl is written there.
-        name: of the run, for the report.
+        run: the run's settings (``launch.settings.RunSettings``): its folder, where metrics.jsonl
+            is written, its name, the steps between stability records, the watchdog's minutes.
         mhc: the run's connections.
-        stability_interval: steps between stability records; 0 for none.
         console: where the live line goes; None for nowhere.
     """
 
-    def __init__(
-        self,
-        run_dir: str,
-        name: str,
-        mhc: MHCConfig,
-        stability_interval: int,
-        console: TextIO | None,
-    ) -> None:
-        self.run_dir, self.name, self.mhc = run_dir, name, mhc
-        self.stability_interval, self.console = stability_interval, console
+    def __init__(self, run: Any, mhc: MHCConfig, console: TextIO | None) -> None:
+        self.run_dir, self.name, self.mhc = run.dir, run.name, mhc
+        self.stability_interval, self.console = run.stability_interval, console
+        self.watchdog = Watchdog(run.hang_minutes)
         self.metrics: MetricsWriter | None = None
         self.monitor: Monitor | None = None
         self.iteration = 0
@@ -94,6 +88,8 @@ class Observer:
         except SystemExit:
             self.exit(_exit_reason(args))
             raise
+        finally:
+            self.watchdog.stop()
         return result
 
     def _train_step(self, original: Callable, *rest, **kwargs):
@@ -125,6 +121,7 @@ class Observer:
         **kwargs,
     ):
         args = get_args()
+        self.watchdog.progress()
         self.iteration = iteration
         if "lm loss" in loss_dict:
             self._losses.append(loss_dict["lm loss"].detach().float().reshape(-1)[:1])
@@ -135,6 +132,7 @@ class Observer:
 
     def _evaluate(self, original: Callable, *rest, **kwargs):
         result = original(*rest, **kwargs)
+        self.watchdog.progress()
         losses = (result[0] or {}).get("lm loss")
         # Megatron evaluates once more after the last step, on other batches of the same set.
         again, self._evaluated = self._evaluated == self.iteration, self.iteration
@@ -150,6 +148,7 @@ class Observer:
 
     def _save_checkpoint_and_time(self, original: Callable, iteration: int, *rest, **kwargs):
         result = original(iteration, *rest, **kwargs)
+        self.watchdog.progress()
         if self.metrics is not None:
             self.metrics.save(iteration=iteration, path=get_args().save)
         return result
@@ -244,6 +243,11 @@ class Observer:
         else:
             self.console.write(line + "\n")
         self.console.flush()
+
+    def say(self, line: str) -> None:
+        """A line for the terminal and for this rank's log."""
+        print(line, flush=True)
+        self._print(line)
 
     def _print(self, line: str) -> None:
         if self.console is not None:

@@ -52,6 +52,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
+from mhc_megatron.checkpoint.sound import settle
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.corpus import check_corpus
 from mhc_megatron.errors import UserError
@@ -145,8 +146,15 @@ def _hyper_connected_prediction(mhc: MHCConfig):
         megatron_gpt.mtp_block_spec = plain
 
 
-def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None = None) -> None:
+def pretrain(
+    args: Namespace,
+    mhc: MHCConfig,
+    forward_step_func: Callable | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
     """Train as Megatron's parsed and validated ``args`` and ``mhc`` say.
+
+    ``say`` gets what a user should read, on every rank.
 
     Returns when the run is complete; Megatron ends the process (exit code 0) where it stops early
     on a signal, a time limit or ``--exit-interval``.
@@ -159,7 +167,7 @@ def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None
     model_config.mhc = mhc
     datasets.is_distributed = True
     group_connections(mhc)
-    explain_checkpoint_errors(mhc)
+    explain_checkpoint_errors(mhc, say)
     megatron_training.pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         datasets,
@@ -380,8 +388,11 @@ def check_arguments(args: Namespace) -> None:
         )
 
 
-def explain_checkpoint_errors(mhc: MHCConfig) -> None:
+def explain_checkpoint_errors(mhc: MHCConfig, say: Callable[[str], None] = print) -> None:
     """Make a checkpoint that does not fit end in one sentence, before anything is written.
+
+    A run that goes on from its own folder takes the newest checkpoint there that is whole, and
+    says which it passed over.
 
     Wraps training/checkpointing.py's ``load_checkpoint`` (as training/training.py imported it) and
     ``check_checkpoint_args``, which compares the settings that came with the checkpoint.
@@ -389,6 +400,10 @@ def explain_checkpoint_errors(mhc: MHCConfig) -> None:
     load, check = megatron_training.load_checkpoint, checkpointing.check_checkpoint_args
 
     def explained(*args, **kwargs):
+        run = get_args()
+        if run.load and run.load == run.save and run.ckpt_step is None:
+            for line in settle(run.load):
+                say(line)
         try:
             return load(*args, **kwargs)
         except (TypeError, AttributeError, NameError, UserError):
