@@ -12,8 +12,6 @@ set_default OMP_NUM_THREADS 1
 set_default OMP_WAIT_POLICY PASSIVE
 # What is printed is in the log when the process dies.
 set_default PYTHONUNBUFFERED 1
-# A checkout shared by a thousand ranks: they would all write the same .pyc files.
-set_default PYTHONDONTWRITEBYTECODE 1
 
 gpu_defaults() {
     # Segments that grow: activations of changing sizes (MoE) do not fragment the memory. Not with
@@ -31,8 +29,8 @@ gpu_defaults() {
     set_default NCCL_NVLS_ENABLE 0
     # One line per communicator problem, no more; INFO is for a first run (docs/cluster.md).
     set_default NCCL_DEBUG WARN
-    # InfiniBand: a link that flaps is retried for about a minute (4.096 us * 2^22 * 7) before the
-    # job dies of it; NCCL's default gives up after some 30 seconds.
+    # InfiniBand: a link that flaps is retried for two minutes (4.096 us * 2^22 * 7) before the job
+    # dies of it; NCCL's default, 20, gives up after 30 seconds.
     set_default NCCL_IB_TIMEOUT 22
     set_default NCCL_IB_RETRY_CNT 7
     # Triton and Inductor compile on every rank: into the node's own disk, not into a shared home.
@@ -44,14 +42,10 @@ gpu_defaults() {
 }
 
 case ${1:-} in
-h100 | h200)
+# The H800 is an H100 with NVLink at 400 instead of 900 GB/s: nothing to set, but tensor parallelism
+# costs twice as much (docs/cluster.md). The H200 has more memory: less recompute, in the config.
+h100 | h800 | h200)
     gpu_defaults
-    ;;
-h800)
-    gpu_defaults
-    # NVLink at 400 GB/s, less than half an H100's: more channels do not make it faster, they take
-    # multiprocessors from the GEMMs beside them.
-    set_default NCCL_MAX_CTAS 16
     ;;
 cpu)
     # Megatron's CPU mode (mhc_megatron/cpu.py): functions under torch.compile run as they are.

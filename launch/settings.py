@@ -177,10 +177,7 @@ def parse(values: Mapping[str, Any]) -> argparse.Namespace:
 
     if values.get("wandb-project") and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb-project: the package wandb is not installed (pip install wandb).")
-    # Megatron insists on one hardware queue where kernels must start in the order of their launch
-    # (tensor and context parallelism, before Blackwell), and on several where all-to-alls overlap.
-    overlap = values.get("overlap-moe-expert-parallel-comm")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32" if overlap else "1")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", device_connections(values))
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
     words = megatron_argv(values, parser)
     saved, sys.argv = sys.argv, [sys.argv[0], *words]
@@ -189,6 +186,15 @@ def parse(values: Mapping[str, Any]) -> argparse.Namespace:
             return parse_and_validate_args()
     finally:
         sys.argv = saved
+
+
+def device_connections(values: Mapping[str, Any]) -> str:
+    """CUDA_DEVICE_MAX_CONNECTIONS, hardware queues of a GPU, for a configuration.
+
+    Megatron insists on one queue where kernels must start in the order of their launch (tensor and
+    context parallelism, before Blackwell), and on several where all-to-alls overlap.
+    """
+    return "32" if values.get("overlap-moe-expert-parallel-comm") else "1"
 
 
 def megatron_argv(values: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[str]:
