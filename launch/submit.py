@@ -34,7 +34,10 @@ SITE = os.path.join(_ROOT, "launch", "slurm", "site.yaml")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    options = _parser().parse_args(words[:end])
+    options.words = words[end + 1 :]
     try:
         site = load_site(options.site or (SITE if os.path.exists(SITE) else None))
         script = render(job := _job(options, site), site)
@@ -57,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     kind.add_argument("--config", help="pretrain: YAML with Megatron's argument names")
     kind.add_argument("--sweep", help="measure layouts: YAML as launch/slurm/sweep.example.yaml")
     kind.add_argument(
-        "--convert", nargs="+", metavar="WORD", help="arguments of tools/convert_checkpoint.py"
+        "--convert", action="store_true", help="tools/convert_checkpoint.py; its arguments after --"
     )
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--profile", choices=PROFILES, required=True, help="the GPU")
@@ -75,9 +78,11 @@ def _job(options: argparse.Namespace, site: Site) -> Job:
         if getattr(options, key) < 1:
             raise UserError(f"--{key} must be at least 1.")
     common = {"nodes": options.nodes, "profile": options.profile, "time": options.time}
+    if bool(options.words) != options.convert:
+        raise UserError("--convert takes the arguments of tools/convert_checkpoint.py after --.")
     if options.convert:
         folder = os.path.abspath(options.run_dir or os.path.join("runs", "convert"))
-        return Job("convert", "convert", run_dir=folder, convert=options.convert, **common)
+        return Job("convert", "convert", run_dir=folder, convert=options.words, **common)
     if options.sweep:
         from launch.sweep import read
 

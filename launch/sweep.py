@@ -113,8 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of all runs")
     parser.add_argument("--world", type=int, default=1, help="ranks, noted in point.json")
     parser.add_argument("--list", action="store_true", help="print the runs, start none")
-    parser.add_argument("launcher", nargs="*", help="after --: words before the command")
-    options = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    options, launcher = parser.parse_args(words[:end]), words[end + 1 :]
     try:
         sweep = read(options.sweep)
         if options.list:
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(name, json.dumps(settings))
             return 0
         out = options.out or Path("runs") / sweep.name
-        return _run_all(sweep, out, options.world, options.launcher)
+        return _run_all(sweep, out, options.world, launcher)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
