@@ -58,11 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say(console, "interrupted before a checkpoint could be saved")
         return 130
-    except Exception as error:  # the traceback goes to the log, one line to the terminal
-        traceback.print_exc()
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        traceback.print_exc()  # to the log; one line to the terminal
         said = f"{type(error).__name__}: {error}"
-        _say(console, f"error: {said} (see {_log_path(run_dir)})")
-        return _ended(run_dir, 1, said, full_disk=faults.is_full_disk(error))
+        _say(console, f"error: {said.splitlines()[0]} (see {_log_path(run_dir)})")
+        full = faults.is_full_disk(error) or faults.cannot_write(_checkpoints())
+        return _ended(run_dir, 1, said, full_disk=full)
 
 
 _MEGATRON_EXITS = {
@@ -81,12 +82,22 @@ def _ended(run_dir: str, code: int, reason: str, full_disk: bool = False) -> int
 
 def _iteration() -> int | None:
     """The iteration that was being trained; None before the first."""
+    current = getattr(_megatron_args(), "curr_iteration", None)
+    return None if current is None else current + 1
+
+
+def _checkpoints() -> str | None:
+    """The folder that the run saves into."""
+    return getattr(_megatron_args(), "save", None)
+
+
+def _megatron_args() -> argparse.Namespace | None:
+    """Megatron's arguments, where the run came that far."""
     if "megatron.training" not in sys.modules:
         return None
     from megatron.training import global_vars
 
-    current = getattr(global_vars._GLOBAL_ARGS, "curr_iteration", None)
-    return None if current is None else current + 1
+    return global_vars._GLOBAL_ARGS
 
 
 def _parser() -> argparse.ArgumentParser:

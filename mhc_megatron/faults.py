@@ -21,6 +21,7 @@ import multiprocessing.managers
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -162,15 +163,33 @@ def note(run_dir: str, code: int, reason: str, iteration: int | None, **more: An
         pass
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 def is_full_disk(error: BaseException | None) -> bool:
     """Whether ``error``, or what it was raised from, says that the disk or a quota is full."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        # Megatron's writer and torch's CheckpointException keep only the text.
-        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+        if isinstance(error, OSError) and error.errno in _FULL:
             return True
         error = error.__cause__ or error.__context__
+    return False
+
+
+def cannot_write(folder: str | None, size: int = 1 << 24) -> bool:
+    """Whether ``folder`` has no room for ``size`` bytes more.
+
+    Asked after a save failed: Megatron's writer keeps the class of an error in one of its threads,
+    not its number (core/dist_checkpointing/strategies/filesystem_async.py:325).
+    """
+    if not folder or not os.path.isdir(folder):
+        return False
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".room-") as f:
+            f.write(bytes(size))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        return error.errno in _FULL
     return False
 
 

@@ -165,6 +165,7 @@ def test_a_bad_loss_is_skipped_where_that_is_the_policy(config, tmp_path):
     assert all(r["loss"] is not None for r in records(run, "train"))
 
 
+@pytest.mark.slow
 def test_a_bad_loss_ends_the_run_where_that_is_the_policy(config, tmp_path):
     """Megatron's rerun machine repeats the step, saves and asks for another GPU."""
     run, codes = tmp_path / "run", []
