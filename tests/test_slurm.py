@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -133,3 +132,73 @@ def test_preempted_it_saves_goes_back_into_the_queue_and_resumes(slurm, files, w
     ours, theirs = soak.tensors(run), soak.tensors(whole)
     assert ours.keys() == theirs.keys() and len(ours) > 40
     assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
+
+
+def test_a_checkpoint_is_verified_in_a_job(slurm, files, whole, tmp_path):
+    words = ["--site", str(files / "torchrun.yaml"), "--run-dir", str(tmp_path), "--convert"]
+    job = submit(slurm, *words, "--", "verify", str(whole / "checkpoints"))
+    assert slurm.wait(job) == "COMPLETED", said(tmp_path)
+    assert "tensors" in said(tmp_path)
+
+
+SWEEP = """
+command: [launch/pretrain.py, --config, {config}, --run-dir, "{{out}}", "{{set}}"]
+set: {{train-iters: 5, save: null, load: null, run.stability_interval: 0}}
+grid: {{mhc.variant: [none, mhc]}}
+"""
+
+
+def test_sweep_and_table(slurm, files, tmp_path):
+    (tmp_path / "sweep.yaml").write_text(SWEEP.format(config=files / "small.yaml"))
+    out = tmp_path / "out"
+    words = ["--sweep", str(tmp_path / "sweep.yaml"), "--site", str(files / "srun.yaml")]
+    job = submit(slurm, *words, "--run-dir", str(out))
+    assert slurm.wait(job) == "COMPLETED", said(out)
+    collect = [sys.executable, str(ROOT / "tools" / "collect.py"), str(out), "--json"]
+    result = subprocess.run(collect, capture_output=True, text=True, timeout=60)
+    rows = json.loads(result.stdout)
+    assert [(row["name"], row["gpus"], row["steps"]) for row in rows] == [
+        ("variant=mhc", 2, 5),
+        ("variant=none", 2, 5),
+    ]
+    plain = rows[1]["step_ms"]
+    assert rows[0]["overhead"] == pytest.approx(rows[0]["step_ms"] / plain - 1)
+
+
+@pytest.mark.slow
+def test_a_node_that_is_gone_costs_the_steps_since_the_last_save(slurm, files, whole, tmp_path):
+    """slurmd and everything that it started is killed: Slurm requeues the job by itself."""
+    run = tmp_path / "run"
+    name = f"run.name=gone{os.getpid()}"
+    job = pretrain(slurm, files, run, "srun", name, "save-interval=4")
+    slurm.until("the sixth step", lambda: soak._last_iteration(run) >= 6, 120)
+    slurm.kill_node()
+    slurm.until("slurmctld's notice", lambda: slurm.state(job) == "PENDING", 120)
+    slurm.start_node()
+    assert slurm.wait(job) == "COMPLETED", said(run)
+    resumed = [r["iteration"] for r in soak.records(run) if r["event"] == "resume"]
+    assert resumed and resumed[0] in (4, 8, 12)
+    assert losses(run) == losses(whole)
+
+
+@pytest.mark.slow
+def test_the_time_limit_and_a_chain(slurm, files, whole, tmp_path):
+    """One minute is not enough: a signal before it, a save, the queue, and on to the end."""
+    run = tmp_path / "run"
+    text = SITE.format(launcher="torchrun", python=sys.executable, path=_path(), stop=20)
+    (tmp_path / "site.yaml").write_text(text)
+    iterations = 300
+    words = ["--config", str(files / "small.yaml"), "--site", str(tmp_path / "site.yaml")]
+    words += ["--set", f"run.name=limited{os.getpid()}", "--set", f"train-iters={iterations}"]
+    words += ["--run-dir", str(run), "--time", "1", "--chain", "2"]
+    last = submit(slurm, *words)
+    first = str(int(last) - 1)
+    for job in (first, last):
+        assert slurm.wait(job, 600) == "COMPLETED", said(run)
+    history = supervise.history(run)
+    assert {a.verdict for a in history} == {"stopped", "complete"}
+    assert int(slurm.field(first, "Restarts")) >= 1
+    # The second link found nothing left to do.
+    assert [a.job for a in history][-1] == last and history[-1].verdict == "complete"
+    steps = [r["iteration"] for r in soak.records(run) if r["event"] == "train"]
+    assert steps == list(range(1, iterations + 1))
