@@ -170,6 +170,7 @@ def render(job: Job, site: Site) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters["sh"] = lambda value: shlex.quote(str(value))
     env = {"CUDA_DEVICE_MAX_CONNECTIONS": device_connections(megatron)} if gpus else {}

@@ -6,6 +6,8 @@
 
 set_default() { [ -n "${!1+set}" ] || export "$1=$2"; }
 
+# Compute nodes often cannot reach the internet: `wandb sync RUN/wandb/...` from the login node.
+set_default WANDB_MODE offline
 # A rank's CPU work (data, host side of the launches) is serial; torchrun would set this, srun not.
 set_default OMP_NUM_THREADS 1
 # Threads that wait for each other by spinning take the cores of the ranks.

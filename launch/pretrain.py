@@ -171,6 +171,7 @@ def _defaults(settings: Settings) -> dict[str, Any]:
         "load": checkpoints,
         "tensorboard-dir": os.path.join(run, "tensorboard"),
         "data-cache-path": os.path.join(run, "data-cache"),
+        "wandb-save-dir": os.path.join(run, "wandb"),
         "exit-signal-handler": True,
         "no-one-logger": True,
     }

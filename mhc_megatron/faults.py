@@ -106,8 +106,8 @@ def guard_checkpoint_writer() -> None:
 
 
 def _end_with_parent() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
     def wait() -> None:
         multiprocessing.parent_process().join()

@@ -30,10 +30,25 @@ from megatron.training.utils import is_last_rank
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.connection import HyperConnection
 from mhc_megatron.corpus import unigram_entropy
+from mhc_megatron.exporter import Exporter
 from mhc_megatron.faults import Watchdog
 from mhc_megatron.hardware import peak_tflops
 from mhc_megatron.metrics import MetricsWriter
 from mhc_megatron.stability import Monitor
+
+
+#: A field of a training record -> its metric.
+_PROMETHEUS = {
+    "iteration": "mhc_iteration",
+    "consumed_tokens": "mhc_consumed_tokens_total",
+    "loss": "mhc_loss_nats",
+    "grad_norm": "mhc_grad_norm",
+    "step_time_s": "mhc_step_time_seconds",
+    "tokens_per_s": "mhc_tokens_per_second",
+    "tflops": "mhc_tflops_per_gpu",
+    "mfu": "mhc_mfu_ratio",
+    "memory_gib": "mhc_memory_peak_gib",
+}
 
 
 class Observer:
@@ -50,6 +65,9 @@ class Observer:
         self.run_dir, self.name, self.mhc = run.dir, run.name, mhc
         self.stability_interval, self.console = run.stability_interval, console
         self.watchdog = Watchdog(run.hang_minutes)
+        self.prometheus, self.alarm_gain = run.prometheus, run.alarm_gain
+        self.exporter: Exporter | None = None
+        self._alarmed = False
         self.metrics: MetricsWriter | None = None
         self.monitor: Monitor | None = None
         self.iteration = 0
@@ -108,6 +126,7 @@ class Observer:
                 seconds=seconds,
             )
             self._tensorboard_gains(step, gains)
+            self._watch_gains(step, gains)
         return result
 
     def _training_log(
@@ -151,6 +170,8 @@ class Observer:
         self.watchdog.progress()
         if self.metrics is not None:
             self.metrics.save(iteration=iteration, path=get_args().save)
+        if self.exporter is not None:
+            self.exporter.write({"mhc_checkpoint_iteration": iteration})
         return result
 
     # ------------------------------------------------------------------------------ what is written
@@ -171,6 +192,8 @@ class Observer:
             unigram_entropy=_entropy(args),
             world_size=args.world_size,
         )
+        if self.prometheus:
+            self.exporter = Exporter(self.prometheus, self.name)
         if args.iteration:
             self.metrics.resume(iteration=args.iteration, path=args.load)
             self._print(f"resumed at iteration {args.iteration:,}")
@@ -186,26 +209,47 @@ class Observer:
         flops = megatron_training.num_floating_point_operations(args, batch)
         tflops = flops / seconds / args.world_size / 1e12
         known = self.peak is not None
-        self.metrics.train(
-            iteration=iteration,
-            consumed_tokens=self._tokens(),
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            step_time_s=seconds,
-            tokens_per_s=batch * args.seq_length / seconds,
-            tflops=tflops,
-            mfu=tflops / self.peak if known else None,
-            memory_gib=torch.cuda.max_memory_allocated() / 2**30 or None,
-        )
-        left = self._remaining(seconds, args.train_iters - iteration)
         speed = batch * args.seq_length / seconds
+        record = {
+            "iteration": iteration,
+            "consumed_tokens": self._tokens(),
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "step_time_s": seconds,
+            "tokens_per_s": speed,
+            "tflops": tflops,
+            "mfu": tflops / self.peak if known else None,
+            "memory_gib": torch.cuda.max_memory_allocated() / 2**30 or None,
+        }
+        self.metrics.train(lr=lr, **record)
+        if self.exporter is not None:
+            self.exporter.write({_PROMETHEUS[key]: value for key, value in record.items()})
+        left = self._remaining(seconds, args.train_iters - iteration)
         self._live(
             f"iteration {iteration:>7,}/{args.train_iters:,}   loss {loss:7.4f}   "
             f"grad norm {grad_norm or 0:7.3f}   {speed:>11,.0f} tokens/s"
             + (f"   MFU {tflops / self.peak:5.1%}" if known else "")
             + f"   {left} left"
         )
+
+    def _watch_gains(self, step: int, gains) -> None:
+        """Prometheus, and an alarm when the composite gain passes ``run.alarm_gain``."""
+        worst = max(gains.composite_forward_max[-1], gains.composite_backward_max[-1])
+        alarm = bool(self.alarm_gain) and not worst <= self.alarm_gain  # a NaN is one too
+        if alarm and not self._alarmed:
+            self.metrics.alarm(iteration=step, gain=worst, threshold=self.alarm_gain)
+            self.say(
+                f"ALARM: iteration {step:,}: the composite gain is {worst:.4g}, above "
+                f"run.alarm_gain = {self.alarm_gain:g}"
+            )
+        self._alarmed = alarm
+        if self.exporter is not None:
+            for direction in ("forward", "backward"):
+                for side in ("max", "min"):
+                    value = getattr(gains, f"composite_{direction}_{side}")[-1]
+                    self.exporter.set("mhc_composite_gain", value, direction=direction, side=side)
+            error = max(*gains.row_error, *gains.column_error)
+            self.exporter.write({"mhc_sinkhorn_error": error, "mhc_gain_alarm": float(alarm)})
 
     def _tensorboard_gains(self, step: int, gains) -> None:
         writer = get_tensorboard_writer()

@@ -62,8 +62,8 @@ num-workers: 0
 distributed-timeout-minutes: 1
 """
 
-#: Seconds that an attempt may take to reach its first step.
-START_SECONDS = 180.0
+#: Seconds that an attempt may take to reach the moment to kill at.
+START_SECONDS = 1200.0
 #: Seconds that what was killed may take to be gone with everything it started.
 GONE_SECONDS = 20.0
 
@@ -106,15 +106,19 @@ def start(words: list[str], output: Path) -> subprocess.Popen:
 
 
 def soak(folder: Path, kills: int, ranks: int = 2, seed: int = 0, per_kill: int = 6) -> Result:
-    """Train ``per_kill * (kills + 2)`` iterations; see the module's text."""
+    """Train ``per_kill * (kills + 2)`` iterations; see the module's text.
+
+    What ``folder`` holds of an earlier call that was broken off is gone on from.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "soak.yaml").write_text(CONFIG)
     iterations, interval = per_kill * (kills + 2), max(1, per_kill // 2)
     began = time.time()
-    whole = command(folder / "soak.yaml", folder / "whole", ranks, iterations, interval)
-    process = start(whole, folder / "whole.out")
-    if process.wait(timeout=3600):
-        raise RuntimeError((folder / "whole.out").read_text()[-3000:])
+    if supervise.checkpoint(folder / "whole") < iterations:
+        whole = command(folder / "soak.yaml", folder / "whole", ranks, iterations, interval)
+        process = start(whole, folder / "whole.out")
+        if process.wait(timeout=3600):
+            raise RuntimeError((folder / "whole.out").read_text()[-3000:])
     words = command(folder / "soak.yaml", folder / "run", ranks, iterations, interval)
     result = _disturb(words, folder, kills, random.Random(seed), per_kill)
     result.seconds = time.time() - began
@@ -126,8 +130,9 @@ def _disturb(
     words: list[str], folder: Path, kills: int, chance: random.Random, per_kill: int
 ) -> Result:
     result, run = Result(), folder / "run"
+    result.kills.update(_killed_before(folder))
     process = start(words, folder / "run.out")
-    while sum(result.kills.values()) < kills and process.poll() is None:
+    while result.kills.total() < kills and process.poll() is None:
         moment = _wait_for_moment(run, process, chance, per_kill)
         if moment is None:
             break
@@ -138,15 +143,24 @@ def _disturb(
         except ProcessLookupError:
             continue
         result.kills[f"{target}, {moment}"] += 1
+        with open(folder / "kills", "a") as f:
+            f.write(f"{target}, {moment}\n")
         if target == "supervisor":
             process.wait()
         result.left_behind += _still_there(below)
         if process.poll() is not None:
             process = start(words, folder / "run.out")
-        print(f"{sum(result.kills.values())}: {target}, {moment}", flush=True)
+        print(f"{result.kills.total()}: {target}, {moment}", flush=True)
     if process.wait(timeout=1800):
         raise RuntimeError((folder / "run.out").read_text()[-3000:])
     return result
+
+
+def _killed_before(folder: Path) -> Counter:
+    try:
+        return Counter((folder / "kills").read_text().splitlines())
+    except FileNotFoundError:
+        return Counter()
 
 
 def _wait_for_moment(
@@ -319,7 +333,7 @@ def main() -> int:
         print(f"{count:4}  {what}")
     wrong = different(options.folder)
     print(
-        f"{sum(result.kills.values())} kills in {result.seconds:.0f} s, {len(result.resumed)} "
+        f"{result.kills.total()} kills in {result.seconds:.0f} s, {len(result.resumed)} "
         f"resumes, {result.repeated} iterations trained again, {len(result.left_behind)} processes "
         f"left behind, {len(wrong)} of {len(tensors(options.folder / 'run'))} tensors differ"
     )

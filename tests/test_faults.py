@@ -318,6 +318,7 @@ import multiprocessing, os, sys
 sys.path[:0] = [{str(ROOT)!r}]
 from mhc_megatron import faults
 if __name__ == "__main__":
+    faults.hold_stop_signal()
     manager = multiprocessing.managers.SyncManager(ctx=multiprocessing.get_context("spawn"))
     manager.start(initializer=faults._end_with_parent)
     os.write(1, f"{{manager._process.pid}}\\n".encode())
@@ -328,7 +329,8 @@ if __name__ == "__main__":
         [sys.executable, tmp_path / "program.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     manager = int(process.stdout.readline())
-    os.kill(manager, signal.SIGTERM)  # a stop signal to all is not for it
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # to all, not for it
+        os.kill(manager, number)
     time.sleep(0.3)
     assert Path(f"/proc/{manager}").exists()
     process.kill()

@@ -33,6 +33,7 @@ def refused(capsys, *words: str) -> str:
 
 
 def is_bash(script: str) -> bool:
+    assert "\nexec " in script and "\nsource launch/env.sh " in script
     return subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 
 
