@@ -174,7 +174,7 @@ class Slurm:
         said = self.command("scontrol", "show", "job", job, "--oneliner")
         return next((w[len(name) + 1 :] for w in said.split() if w.startswith(f"{name}=")), "")
 
-    def wait(self, job: str, seconds: float = 120.0) -> str:
+    def wait(self, job: str, seconds: float = 400.0) -> str:
         """The job's last state."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         self._wait(f"job {job}", lambda: self.state(job) in ends, seconds)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = [
     pytest.mark.distributed,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(torch.cuda.is_available(), reason="checks the CPU mode"),
     pytest.mark.skipif(missing() is not None, reason=missing() or ""),
 ]
@@ -113,12 +114,12 @@ def test_preempted_it_saves_goes_back_into_the_queue_and_resumes(slurm, files, w
     """A job of higher priority takes the node; slurmctld sends SIGTERM and waits."""
     run = tmp_path / "run"
     job = pretrain(slurm, files, run, "torchrun", f"run.name=preempted{os.getpid()}")
-    slurm.until("the fourth step", lambda: soak._last_iteration(run) >= 4, 90)
+    slurm.until("the fourth step", lambda: soak._last_iteration(run) >= 4, 300)
     urgent = slurm.command(
         "sbatch", "--parsable", "--partition=high", "--exclusive", "--output=/dev/null",
         "--wrap=sleep 1", check=True,
     ).strip()  # fmt: skip
-    assert slurm.wait(urgent, 60) == "COMPLETED"
+    assert slurm.wait(urgent) == "COMPLETED"
     assert slurm.wait(job) == "COMPLETED", said(run)
     assert slurm.field(job, "Restarts") == "1"
     first, last = supervise.history(run)
@@ -171,7 +172,7 @@ def test_a_node_that_is_gone_costs_the_steps_since_the_last_save(slurm, files, w
     run = tmp_path / "run"
     name = f"run.name=gone{os.getpid()}"
     job = pretrain(slurm, files, run, "srun", name, "save-interval=4")
-    slurm.until("the sixth step", lambda: soak._last_iteration(run) >= 6, 120)
+    slurm.until("the sixth step", lambda: soak._last_iteration(run) >= 6, 300)
     slurm.kill_node()
     slurm.until("slurmctld's notice", lambda: slurm.state(job) == "PENDING", 120)
     slurm.start_node()
