@@ -143,6 +143,10 @@ def _run(settings: Settings, console: TextIO | None) -> None:
 
     check_arguments(args)
     decay_in_steps(settings.run.lr_steps, args)
+    if settings.run.data_loader == "dali":
+        from mhc_megatron import dali
+
+        dali.install()
     faults.stop_when_asked()
     faults.guard_checkpoint_writer()
     seen = console if args.rank == args.world_size - 1 else None

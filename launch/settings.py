@@ -39,6 +39,7 @@ class RunSettings:
             rerun machine tries the step again, in place and then elsewhere, and ends the run.
             ``skip``: the run ends at once; when the same iteration was bad twice,
             launch/supervise.py leaves it out.
+        data_loader: ``megatron``, or ``dali`` for the same batches through an NVIDIA DALI pipeline.
         hang_minutes: without a step, an evaluation or a save after which a rank prints its stacks
             and ends; 0 for never.
         prometheus: folder of a node exporter's textfile collector, for the last rank's metrics;
@@ -53,6 +54,7 @@ class RunSettings:
     stability_interval: int = 100
     gpus: int = 0
     bad_loss: str = "stop"
+    data_loader: str = "megatron"
     hang_minutes: float = 30.0
     prometheus: str = ""
     alarm_gain: float = 0.0
@@ -155,8 +157,10 @@ def _run_settings(values: Mapping[str, Any]) -> RunSettings:
         elif type(value) is not known[key]:
             raise UserError(f"run: {key} must be of type {known[key].__name__}, not {value!r}.")
     settings = RunSettings(**given)
-    if settings.bad_loss not in ("stop", "skip"):
-        raise UserError(f"run: bad_loss must be stop or skip, not {settings.bad_loss!r}.")
+    for key, choices in (("bad_loss", ("stop", "skip")), ("data_loader", ("megatron", "dali"))):
+        if getattr(settings, key) not in choices:
+            said = " or ".join(choices)
+            raise UserError(f"run: {key} must be {said}, not {getattr(settings, key)!r}.")
     for key in ("stability_interval", "gpus", "hang_minutes", "alarm_gain"):
         if getattr(settings, key) < 0:
             raise UserError(f"run: {key} must not be negative.")

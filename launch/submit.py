@@ -7,9 +7,9 @@
     launch/submit.py --profile h100 --convert -- upcycle --source hf/model --output checkpoints/0
 
 What the site asks for comes from launch/slurm/site.yaml (--site); site.example.yaml explains it.
---dry-run prints the script and submits nothing. --chain N submits the same run N times: Slurm starts
-one after the other (--dependency=singleton), each goes on from the last checkpoint, and those left
-over when the run is complete end at once.
+--dry-run prints the script and submits nothing. --chain N submits the same run N times: Slurm
+starts one after the other (--dependency=singleton), each goes on from the last checkpoint, and
+those left over when the run is complete end at once.
 """
 
 from __future__ import annotations

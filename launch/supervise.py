@@ -2,7 +2,7 @@
 """Keep a run going: start it, look at how it ended, start it again or say why not.
 
     launch/supervise.py --run-dir runs/tiny -- torchrun --nproc-per-node 8 launch/pretrain.py ...
-    launch/supervise.py --run-dir runs/27b -- srun --kill-on-bad-exit=1 bash launch/slurm/task.sh ...
+    launch/supervise.py --run-dir runs/27b -- srun --kill-on-bad-exit=1 bash task.sh ...
 
 The command is that of ``launch/pretrain.py`` on every node; the run goes on from the newest whole
 checkpoint each time. How an attempt ended is told by the exit code and by what the ranks noted in
@@ -159,7 +159,7 @@ class Supervisor:
             self._forward()
 
     def _wait(self) -> int:
-        """The command's exit code. A rank that is only starting does not hear: it is asked again."""
+        """The command's exit code. A rank that only starts does not hear: it is asked again."""
         while True:
             try:
                 return self.process.wait(timeout=_REPEAT)
@@ -237,9 +237,8 @@ def judge(
     """What the end of an attempt means, from its exit code, the ranks' notes and the history."""
     noted = faults.read(str(run_dir), since=began)
     verdict, reason, bad = _verdict(code, noted, run_dir, began, asked_to_stop)
-    result = Attempt(
-        began, ended, code, checkpoint(run_dir), verdict, reason, bad, os.environ.get("SLURM_JOB_ID")
-    )
+    job = os.environ.get("SLURM_JOB_ID")
+    result = Attempt(began, ended, code, checkpoint(run_dir), verdict, reason, bad, job)
     if verdict != AGAIN:
         return result
     before = history(run_dir)

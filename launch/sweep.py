@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run one command over many settings, one after the other: a throughput or MFU sweep.
 
-    launch/sweep.py launch/slurm/sweep.example.yaml --out runs/sweep --world 16 -- srun ... task.sh ...
+    launch/sweep.py launch/slurm/sweep.example.yaml --out runs/sweep --world 16 -- srun ...
     launch/sweep.py sweep.yaml --out runs/sweep --list
 
 The YAML names a command, points with settings of their own, and a grid that multiplies them. Every

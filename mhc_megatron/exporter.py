@@ -53,7 +53,7 @@ class Exporter:
             self._values[key] = float(value)
 
     def write(self, values: Mapping[str, float | None] | None = None) -> None:
-        """Replace the file, with ``values`` set first. A full disk costs the metrics, not the run."""
+        """Replace the file, with ``values`` set first. A full disk does not stop the run."""
         for name, value in (values or {}).items():
             self.set(name, value)
         try:

@@ -36,7 +36,6 @@ from mhc_megatron.hardware import peak_tflops
 from mhc_megatron.metrics import MetricsWriter
 from mhc_megatron.stability import Monitor
 
-
 #: A field of a training record -> its metric.
 _PROMETHEUS = {
     "iteration": "mhc_iteration",

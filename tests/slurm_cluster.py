@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 
 #: No cgroups (a container may have none), no accounting; a job goes back into the queue at once.
@@ -131,31 +133,35 @@ class Slurm:
         daemon = self._daemons.pop("slurmd")
         daemon.kill()
         daemon.wait()
-        import psutil
+        of_jobs = self._processes_of_jobs()
+        # Their keepers first: one that lives for a moment longer reports how its job ended.
+        for process in sorted(of_jobs, key=lambda p: "slurmstepd" not in p.name()):
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                pass
 
-        for process in psutil.process_iter(["environ", "name"]):
-            environ = process.info["environ"] or {}
-            of_job = environ.get("SLURM_CONF") == self.env["SLURM_CONF"] and (
-                "SLURM_JOB_ID" in environ
-            )
-            if of_job or (process.info["name"] == "slurmstepd" and self._is_mine(process)):
-                try:
-                    process.kill()
-                except psutil.NoSuchProcess:
-                    pass
+    def _processes_of_jobs(self) -> list[psutil.Process]:
+        """Every process of this Slurm's jobs and the slurmstepd above it.
 
-    def _is_mine(self, process) -> bool:
-        import psutil
-
-        try:
-            environ = process.environ()
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            return False
-        return environ.get("SLURM_CONF") == self.env["SLURM_CONF"]
+        A slurmstepd has written its title over its environment: it is known by its children.
+        """
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter():
+            try:
+                environ = process.environ()
+                mine = environ.get("SLURM_CONF") == self.env["SLURM_CONF"]
+                if mine and "SLURM_JOB_ID" in environ:
+                    above = [p for p in process.parents() if "slurmstepd" in p.name()]
+                    found |= {p.pid: p for p in (process, *above)}
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return list(found.values())
 
     def node(self) -> str:
         """The node's state in one word."""
-        return self.command("sinfo", "--noheader", "--format=%T", "--partition=low").strip("*~#!%$@^-+\n ")
+        said = self.command("sinfo", "--noheader", "--format=%T", "--partition=low")
+        return said.strip("*~#!%$@^-+\n ")
 
     def command(self, *words: str, check: bool = False) -> str:
         result = subprocess.run(
@@ -190,6 +196,11 @@ class Slurm:
         self.command("scancel", "--signal=KILL", "--full", "--user=root")
         self.command("scancel", "--user=root")
         end = time.time() + 15
+        for process in self._processes_of_jobs():
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                pass
         while time.time() < end and self.command("squeue", "--noheader"):
             time.sleep(0.2)
         for name in ("slurmd", "slurmctld", "munged"):

@@ -57,8 +57,8 @@ LOG = """
 {steps}
 """
 STEP = (
-    " [2026-11-23 10:00:00] iteration {:8d}/      30 | consumed samples:          320 | elapsed time"
-    " per iteration (ms): {:.1f} | throughput per GPU (TFLOP/s/GPU): {:.1f} | learning rate:"
+    " [2026-11-23 10:00:00] iteration {:8d}/      30 | consumed samples:          320 | elapsed"
+    " time per iteration (ms): {:.1f} | throughput per GPU (TFLOP/s/GPU): {:.1f} | learning rate:"
     " 1.0E-04 | global batch size:    64 | lm loss: {:.6E} | loss scale: 1.0 | grad norm: 1.000 |"
 )
 TIMES = """(min, max) time across ranks (ms):

@@ -1,4 +1,4 @@
-"""Faults: what a rank notes and does, what the supervisor makes of it, which checkpoint is taken."""
+"""Faults: what a rank does, what the supervisor makes of it, which checkpoint is taken."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm of this machine, with the CPU model: submit, preempt, requeue, resume, sweep.
+"""Jobs on a real Slurm of this machine, on its CPUs: submit, preempt, requeue, resume, sweep.
 
 Skipped where Slurm is not installed or this is not root (tests/slurm_cluster.py).
 """

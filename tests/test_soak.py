@@ -1,4 +1,4 @@
-"""Runs that are killed again and again: tests/soak.py, short here, 100 kills among the slow tests."""
+"""Runs that are killed again and again (tests/soak.py): twice, and 100 times in the slow test."""
 
 import pytest
 import soak

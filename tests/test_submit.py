@@ -15,7 +15,8 @@ PROGRAM = ["--config", str(ROOT / "configs" / "mhc-27b.yaml"), "--profile", "h80
 
 
 def rendered(capsys, *words: str, after: list[str] | None = None) -> str:
-    assert submit.main([*words, "--dry-run", *(["--", *after] if after else [])]) == 0, capsys.readouterr().err
+    code = submit.main([*words, "--dry-run", *(["--", *after] if after else [])])
+    assert code == 0, capsys.readouterr().err
     return capsys.readouterr().out
 
 

@@ -8,8 +8,8 @@ Reads, at or below the given paths: folders of launch/pretrain.py (metrics.jsonl
 tools/bench_training.py (JSON), and the log of any Megatron run (the lines "iteration ... elapsed
 time per iteration (ms) ..."; the arguments printed at its start tell the layout). Per run: step
 time, its spread, tokens/s/GPU, model TFLOP/s/GPU, MFU, peak memory, overhead over the same layout
-with plain residuals (or over --baseline), scaling efficiency, imbalance between ranks (with Megatron's
-timing-log-level: 2). --out gets collect.md, collect.csv, collect.json and collect.png.
+with plain residuals (or over --baseline), scaling efficiency, imbalance between ranks (with
+Megatron's timing-log-level: 2). --out gets collect.md, collect.csv, collect.json and collect.png.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
 A process can be killed, and a disk can fill up, at any moment of a save. Megatron writes the folder
 ``iter_NNNNNNN`` first and the tracker file last, so that a save that was cut short is normally not
 named; but the tracker itself is not replaced atomically, and a file can be cut after the fact.
-``choose`` looks at what a load would read: the tracker, ``.metadata`` and the size of every file that
-``.metadata`` refers to. It reads no tensors (``tools/convert_checkpoint.py verify``
-does).
+``choose`` looks at what a load would read: the tracker, ``.metadata`` and the size of every file
+that ``.metadata`` refers to. It reads no tensors (``tools/convert_checkpoint.py verify`` does).
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ def iterations(folder: Path) -> list[int]:
 
 
 def fault_of(path: Path) -> str | None:
-    """What is missing or cut short in a torch_dist checkpoint, in a sentence; None if nothing is."""
+    """What is missing or cut short in a torch_dist checkpoint, in a sentence; None if nothing."""
     if not path.is_dir():
         return f"{path} does not exist."
     try:
@@ -109,7 +108,7 @@ def fault_of(path: Path) -> str | None:
 
 
 def _is_torch_dist(path: Path) -> bool:
-    """Whether this is (the beginning of) a torch_dist checkpoint: such a save makes no rank folders.
+    """Whether this is (the beginning of) a torch_dist checkpoint: such a save makes no folders.
 
     The legacy format has ``mp_rank_XX`` folders, FSDP's its own ``metadata.json``.
     """
