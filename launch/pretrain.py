@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib.util
 import os
-import socket
 import sys
 import traceback
 from typing import Any, TextIO
@@ -35,6 +33,7 @@ if __name__ == "__main__":  # before torch, whose threads inherit what is set he
     faults.die_with_launcher()
     faults.hold_stop_signal()
 
+from launch.environment import fusions, redirect_output, single_process  # noqa: E402
 from launch.settings import Settings, load, parse  # noqa: E402
 from mhc_megatron.errors import UserError  # noqa: E402
 
@@ -127,7 +126,7 @@ def _run(settings: Settings, console: TextIO | None) -> None:
 
     from mhc_megatron import cpu
 
-    _single_process_environment()
+    single_process()
     faults.dump_stacks_when_asked()
     values = _defaults(settings) | settings.megatron
     values |= _bad_results(settings)
@@ -176,23 +175,15 @@ def _defaults(settings: Settings) -> dict[str, Any]:
         "tensorboard-dir": os.path.join(run, "tensorboard"),
         "data-cache-path": os.path.join(run, "data-cache"),
         "wandb-save-dir": os.path.join(run, "wandb"),
+        "save-interval": 1000,
+        "eval-interval": 1000,
         "exit-signal-handler": True,
         "no-one-logger": True,
     }
     if settings.megatron.get("bf16") or settings.megatron.get("fp16"):
         # The other one cannot save the connections' float32 parameters (training.check_arguments).
         values["use-distributed-optimizer"] = True
-    # What Megatron fuses by default comes from packages that may not be there.
-    if importlib.util.find_spec("transformer_engine") is None:
-        values |= {
-            "transformer-impl": "local",
-            "no-persist-layer-norm": True,
-            "no-masked-softmax-fusion": True,
-            "no-rope-fusion": True,
-        }
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA's Apex
-        values["no-gradient-accumulation-fusion"] = True
-    return values
+    return values | fusions(settings.megatron)
 
 
 def _prepare_output(run_dir: str, verbose: bool) -> TextIO:
@@ -203,8 +194,6 @@ def _prepare_output(run_dir: str, verbose: bool) -> TextIO:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         if verbose:
             return sys.stdout
-        from mhc_megatron.observer import redirect_output
-
         return redirect_output(_log_path(run_dir))
     except OSError as error:
         raise UserError(f"cannot write to the run's folder {run_dir}: {error.strerror}.") from error
@@ -212,17 +201,6 @@ def _prepare_output(run_dir: str, verbose: bool) -> TextIO:
 
 def _log_path(run_dir: str) -> str:
     return os.path.join(run_dir, "logs", f"rank-{os.environ.get('RANK', '0')}.log")
-
-
-def _single_process_environment() -> None:
-    """What torchrun would set, for one process started without it."""
-    if "WORLD_SIZE" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 def _say(console: TextIO, line: str) -> None:

@@ -44,8 +44,14 @@ class MHCConfig:
         exit: how the streams leave the stack: ``mean``, or ``learned`` (DeepSeek-V4's head: one
             sigmoid weight per stream and token).
         kernels: ``auto`` takes the fused kernels where the device has them, ``reference`` never.
+        fuse_norm: the fused kernels also make the sublayer's own RMSNorm, where that is a module of
+            its own (Transformer Engine's dense linears keep theirs): u is neither written nor read.
         lr_mult: learning rate of the connection's parameters relative to the model's.
         phi_weight_decay: weight decay of phi relative to the model's; alpha and b have none.
+        recompute: Eq. (20)'s L_r: in training, of a block of this many sublayers (attention and
+            feed-forward are two) only the first x and every y are kept, the rest is made again
+            before backward. ``auto`` takes the L_r that stores least; 0 or ``off`` keeps
+            everything. Gradients are the same to the bit (``mhc_megatron.recompute``).
         seed: seeds phi by layer number and sublayer, so that every parallel layout, and the rest of
             the model with any variant, starts from the same weights.
     """
@@ -61,13 +67,17 @@ class MHCConfig:
     exit: str = "mean"
     kernels: str = "auto"
     sinkhorn: str = "paper"
+    fuse_norm: bool = True
     lr_mult: float = 1.0
     phi_weight_decay: float = 1.0
+    recompute: int | str = 0
     seed: int = 1234
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "recompute", _check_recompute(self.recompute))
         for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), str(field.type))
+            if field.name != "recompute":
+                _check_type(field.name, getattr(self, field.name), str(field.type))
         _check_choice("variant", self.variant, VARIANTS)
         _check_choice("init", self.init, INITS)
         _check_choice("exit", self.exit, EXITS)
@@ -137,11 +147,24 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def _check_type(name: str, value: Any, kind: str) -> None:
-    wanted = {"int": int, "float": (int, float), "str": str}[kind]
-    if isinstance(value, bool) or not isinstance(value, wanted):
+    wanted = {"int": int, "float": (int, float), "str": str, "bool": bool}[kind]
+    if isinstance(value, bool) != (kind == "bool") or not isinstance(value, wanted):
         raise UserError(f"mhc: {name} must be of type {kind}, not {value!r}.")
     if kind == "float" and not math.isfinite(value):
         raise UserError(f"mhc: {name} must be finite, not {value}.")
+
+
+def _check_recompute(value: Any) -> int | str:
+    """``value`` with 0 for ``off`` (which YAML reads as false)."""
+    if value is False or value == "off":
+        return 0
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if not whole and value != "auto":
+        raise UserError(
+            "mhc: recompute must be auto, off, or the number of sublayers in a block, "
+            f"not {value!r}."
+        )
+    return value
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

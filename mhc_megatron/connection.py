@@ -10,6 +10,7 @@ connection reads before the norm and takes the place of the bias-dropout-add::
 H_post and H_res are functions of x too; they are made with u and wait in the connection between
 the two calls. Where the sublayer that follows is known (``followed_by``), its read is made together
 with the write, in one pass over memory (``mhc_post_pre``), and waits there for the x it belongs to.
+What of all this is kept for backward, ``recompute.py`` decides.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 import mhc_kernels
 from mhc_kernels import reference
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.recompute import Recompute
 from mhc_megatron.streams import keep_fp32, mark
 
 
@@ -46,6 +48,15 @@ class Read(NamedTuple):
     u: Tensor
     H_post: Tensor
     H_res: Tensor | None
+    H_pre: Tensor
+
+    def belongs_to(self, x: Tensor) -> bool:
+        """Whether x is the streams that were read.
+
+        Megatron may hand on another tensor object of the same memory (``make_viewless_tensor``).
+        The memory cannot have become another tensor's: ``self`` holds it.
+        """
+        return self.x.data_ptr() == x.data_ptr() and self.x.shape == x.shape
 
 
 class HyperConnection(nn.Module):
@@ -85,6 +96,10 @@ class HyperConnection(nn.Module):
         self._coefficients: tuple[Tensor, Tensor | None] | None = None
         self._read_ahead: Read | None = None
         self._following: tuple[HyperConnection, ...] = ()
+        self._norm: tuple[nn.Module, ...] = ()
+        self._reading: Callable | None = None
+        #: The blocks of its chunk and its place among their sublayers; recompute.py sets it.
+        self.recompute: tuple[Recompute, int] | None = None
         #: Of the sublayer's norm, where layer_spec.recompute_norm drops its output.
         self.norm_checkpoint: CheckpointWithoutOutput | None = None
         #: Called with (self, H_res) at every read while set; stability.py sets it.
@@ -111,22 +126,46 @@ class HyperConnection(nn.Module):
         """
         self._following = (connection,)
 
-    def forward(self, x: Tensor, before: Write | None = None) -> Tensor:
+    def read_before(self, norm: nn.Module, fuse: bool) -> None:
+        """Read where ``norm``, the sublayer's own, is called: it gets u [s, b, C] instead of x.
+
+        ``fuse``: norm(u) comes from the read itself, and the norm hands it on. It keeps its place,
+        its class and its parameter. (Tuples, so that nothing is registered as a submodule.)
+        """
+
+        def reading(norm: nn.Module, inputs: tuple) -> tuple:
+            return (self(inputs[0]), *inputs[1:])
+
+        self._reading = reading
+        norm.register_forward_pre_hook(reading)
+        if fuse:
+            self._norm = (norm,)
+            norm.forward = lambda u: u
+
+    def forward(self, x: Tensor, before: Write | None = None, head: bool = False) -> Tensor:
         """The read: x [s, b, n*C] -> u [s, b, C]; keeps H_post, H_res for the write.
 
         With ``before``, the write of the sublayer before comes first: x is that sublayer's, the
-        result is x_next [s, b, n*C], and u is kept for the read of it. Both go through ``forward``
-        so that the hooks which gather parameters (``overlap_param_gather``) run first.
+        result is x_next [s, b, n*C], and u is kept for the read of it. ``head``: the same for the
+        first sublayer of a chain, whose x comes from elsewhere and is returned, to be used in its
+        place. All go through ``forward`` so that the hooks which gather parameters
+        (``overlap_param_gather``) run first.
         """
+        if head:
+            return self._head(x)
         if before is not None:
             return self._write_and_read(x, before)
-        u, H_post, H_res = self._take_read_ahead(x) or self._ops.mhc_pre(
-            self._split(x), self.phi, self.alpha, self.bias, **self._options()
+        u, H_post, H_res, H_pre = self._take_read_ahead(x) or self._ops.mhc_pre(
+            self._split(x), *self._parameters_of_read(), **self._options()
         )
         self._coefficients = H_post, H_res
         if self.observer is not None:
             self.observer(self, H_res)
-        return u if self.compute_dtype is None else u.to(self.compute_dtype)
+        u = u if self.compute_dtype is None else u.to(self.compute_dtype)
+        if self.recompute is not None:
+            blocks, position = self.recompute
+            blocks.read(position, x, u, H_pre, *self._norm_weight())
+        return u
 
     def write(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         """In the place of Megatron's ``get_bias_dropout_add``: returns ``f((y, bias), x, p)``.
@@ -144,15 +183,42 @@ class HyperConnection(nn.Module):
                 y_bias = None
             write = Write(y.to(x.dtype), y_bias, *self._take_coefficients())
             if self._following:
-                return self._following[0](x, before=write)
-            return self._ops.mhc_post(
-                self._split(x), write.y, write.H_post, write.H_res, y_bias=y_bias
-            ).flatten(-2)
+                x_next = self._following[0](x, before=write)
+            else:
+                x_next = self._ops.mhc_post(
+                    self._split(x), write.y, write.H_post, write.H_res, y_bias=y_bias
+                ).flatten(-2)
+            if self.recompute is not None:
+                blocks, position = self.recompute
+                blocks.wrote(position, write, x_next, self._ops.mhc_refill)
+            return x_next
 
         return post
 
+    def normed(self, norm: nn.Module, out: Tensor) -> None:
+        """The sublayer's norm has made ``out`` of u: one more tensor that a block can drop."""
+        if self.recompute is not None:
+            blocks, position = self.recompute
+            blocks.normed(position, norm, out)
+
+    def _head(self, x: Tensor) -> Tensor:
+        """x feeds the read and the write after it.
+
+        Handed on by ``mhc_enter``, its gradient is made once, where autograd would add two.
+        """
+        ahead = self._read_ahead
+        if ahead is not None and ahead.belongs_to(x):
+            return x
+        if self._ops is not mhc_kernels or not mhc_kernels.supported(self._split(x)):
+            return x
+        handed_on, *read = mhc_kernels.mhc_enter(
+            self._split(x), *self._parameters_of_read(), **self._options()
+        )
+        self._read_ahead = Read(handed_on.flatten(-2), *read)
+        return self._read_ahead.x
+
     def _write_and_read(self, x: Tensor, before: Write) -> Tensor:
-        parameters = (self.phi, self.alpha, self.bias)
+        parameters = self._parameters_of_read()
         if self._ops is mhc_kernels and mhc_kernels.supported(self._split(x)):
             x_next, *read = self._ops.mhc_post_pre(
                 self._split(x),
@@ -174,16 +240,12 @@ class HyperConnection(nn.Module):
         self._read_ahead = Read(x_next, *read)
         return x_next
 
-    def _take_read_ahead(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """The read that was made ahead, if it was made of ``x``.
-
-        Megatron may hand on another tensor object of the same memory (``make_viewless_tensor``).
-        The memory cannot have become another tensor's: the read ahead holds it.
-        """
+    def _take_read_ahead(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor] | None:
+        """The read that was made ahead, if it was made of ``x``."""
         ahead, self._read_ahead = self._read_ahead, None
-        if ahead is None or ahead.x.data_ptr() != x.data_ptr() or ahead.x.shape != x.shape:
+        if ahead is None or not ahead.belongs_to(x):
             return None
-        return ahead.u, ahead.H_post, ahead.H_res
+        return ahead.u, ahead.H_post, ahead.H_res, ahead.H_pre
 
     @property
     def _ops(self):
@@ -194,11 +256,35 @@ class HyperConnection(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n, self.C))
 
+    def _parameters_of_read(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+        """phi, alpha and bias; the fused norm's weight is there too after this.
+
+        That one is used before the norm is called, whose hooks gather it
+        (``overlap_param_gather``, distributed_data_parallel.py:438): they run here.
+        """
+        for norm in self._norm:
+            for hook in tuple(norm._forward_pre_hooks.values()):
+                if hook is not self._reading:
+                    hook(norm, ())
+        return self.phi, self.alpha, self.bias
+
+    def _norm_weight(self) -> tuple[Tensor, ...]:
+        """Of the fused norm; nothing without one."""
+        return tuple(
+            norm.weight + 1 if getattr(norm, "zero_centered_gamma", False) else norm.weight
+            for norm in self._norm
+        )
+
     def _options(self) -> dict[str, Any]:
+        norm = {}
+        for weight in self._norm_weight():
+            norm = {"norm_weight": weight, "norm_eps": self._norm[0].eps}
         return {
+            **norm,
             "variant": self.mhc.variant,
             "iterations": self.mhc.sinkhorn_iterations,
             "eps": self.mhc.norm_eps,
+            "with_H_pre": True,
             **({} if self.mhc.sinkhorn == "paper" else {"sinkhorn_kind": self.mhc.sinkhorn}),
         }
 

@@ -39,7 +39,8 @@ class Footprint:
         streams: the same, x of n*C channels stored before every sublayer.
         recomputed: with Eq. (20)'s blocks instead: x before every block, and the n + 2 tensors of
             a token and sublayer of the one block that is being recomputed.
-        L_r: sublayers of such a block, the best integer; 0 without hyper-connections.
+        L_r: sublayers of such a block of decoder layers: what ``mhc.recompute`` says, the best
+            integer where it is ``auto`` or off; 0 without hyper-connections.
         p2p: of one activation sent on to the next stage; its gradient comes back as large.
     """
 
@@ -239,7 +240,8 @@ def _streams(args: Namespace, mhc: MHCConfig, rank: int, stage: Stage) -> dict[s
     n = mhc.n if mhc.enabled else 1
     L_r, elements = 0, 0
     if mhc.enabled and max(sublayers):
-        L_r, elements = best_block(n, max(sublayers), waiting)
+        largest = stage[sublayers.index(max(sublayers))]
+        L_r, elements = _blocks(mhc, largest, waiting)
     return {
         "in_flight": waiting,
         "residual": round(stored * per_token),
@@ -247,6 +249,20 @@ def _streams(args: Namespace, mhc: MHCConfig, rank: int, stage: Stage) -> dict[s
         "recomputed": elements * per_token,
         "L_r": L_r,
     }
+
+
+def _blocks(mhc: MHCConfig, chunk: Chunk, m: int) -> tuple[int, int]:
+    """L_r of a chunk's decoder layers (of its prediction layers, if there is nothing else), and the
+    width stored: each prediction layer has blocks of its own (recompute.py)."""
+    decoder = sum(item.sublayers for item in chunk if item.kind == "decoder")
+    runs = [decoder, *(item.sublayers for item in chunk if item.kind == "mtp")]
+    kept, refilled, chosen = 0, 0, 0
+    for L in filter(None, runs):
+        L_r = min(mhc.recompute, L) if isinstance(mhc.recompute, int) else 0
+        L_r = L_r or best_block(mhc.n, L, m)[0]
+        kept += mhc.n * math.ceil(L / L_r) * m
+        refilled, chosen = max(refilled, (mhc.n + 2) * L_r), chosen or L_r
+    return chosen, kept + refilled
 
 
 def best_block(n: int, L: int, m: int = 1) -> tuple[int, int]:
@@ -262,19 +278,29 @@ def best_block(n: int, L: int, m: int = 1) -> tuple[int, int]:
 
 
 def in_flight(args: Namespace, rank: int) -> int:
-    """Microbatches of a chunk that wait for their backward on ``rank``, at most.
+    """``microbatches_in_flight`` of Megatron's arguments."""
+    return microbatches_in_flight(
+        args.pipeline_model_parallel_size,
+        rank,
+        args.virtual_pipeline_model_parallel_size or 1,
+        getattr(args, "microbatch_group_size_per_vp_stage", None),
+        args.global_batch_size // (args.micro_batch_size * args.data_parallel_size),
+    )
 
-    1F1B: the stages from this one on. Interleaved: the warmup of
-    core/pipeline_parallel/schedules.py (``get_pp_rank_microbatches``) and one more.
+
+def microbatches_in_flight(
+    p: int, rank: int, v: int = 1, group: int | None = None, batches: int | None = None
+) -> int:
+    """Microbatches of a chunk that wait for their backward on ``rank`` of p stages, at most.
+
+    1F1B: the stages from this one on. Interleaved, v chunks a stage in groups of ``group``
+    microbatches: the warmup of core/pipeline_parallel/schedules.py
+    (``get_pp_rank_microbatches``) and one more. ``batches``: microbatches of a step, if known.
     """
-    p, v = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
-    batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     if p == 1:
         return 1
-    if v == 1:
-        return min(batches, p - rank)
-    group = getattr(args, "microbatch_group_size_per_vp_stage", None) or p
-    return min(batches * v, 2 * (p - rank - 1) + (v - 1) * group + 1)
+    waiting = p - rank if v == 1 else 2 * (p - rank - 1) + (v - 1) * (group or p) + 1
+    return waiting if batches is None else min(batches * v, waiting)
 
 
 def _tokens(args: Namespace) -> int:

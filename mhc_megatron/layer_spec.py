@@ -20,6 +20,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 from megatron.core.models.hybrid.hybrid_block import HybridStack
@@ -37,11 +38,13 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.connection import HyperConnection
 from mhc_megatron.errors import UserError
+from mhc_megatron.recompute import Recompute, check_recompute, recompute_of
 from mhc_megatron.streams import Exit, enter
 
 Spec = ModuleSpec | TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules
@@ -73,6 +76,7 @@ def mhc_layer_spec(
     if not mhc.enabled:
         return spec
     check_config(config)
+    check_recompute(config, mhc)
     if isinstance(spec, MultiTokenPredictionBlockSubmodules):
         return MultiTokenPredictionBlockSubmodules(
             [_mtp_layer(layer, mhc) for layer in spec.layer_specs or []]
@@ -97,11 +101,41 @@ def check_config(config: TransformerConfig) -> None:
             "mhc: inference_fuse_tp_communication adds the residual inside Megatron's kernel, "
             "where the streams cannot follow; turn it off."
         )
+    if config.fused_residual_rmsnorm:
+        raise UserError(
+            "mhc: fused_residual_rmsnorm adds the residual inside Transformer Engine's norm, where "
+            "the streams cannot follow; turn it off."
+        )
     norms = {"attn_norm", "mlp_norm"} & set(config.offload_modules or ())
     if config.fine_grained_activation_offloading and norms:
         raise UserError(
             f"mhc: offload-modules {' and '.join(sorted(norms))} frees the residual streams that a "
             "connection's backward reads; leave it out."
+        )
+    _check_graphs(config)
+
+
+def _check_graphs(config: TransformerConfig) -> None:
+    """CUDA graphs that would cut through a connection.
+
+    A connection's read leaves H_post and H_res for its write. Both lie in the attention's part of
+    a layer, or both in the MLP's (``attn``, ``mlp`` and ``moe`` of ``cuda_graph_modules``). A graph
+    of the router alone has the read in it and the write behind it, and hands on Megatron's tensors
+    only (transformer_layer.py:1265); ``local`` graphs of parts of a layer are not tested.
+    """
+    parts = {part.name for part in config.cuda_graph_modules or ()}
+    if config.cuda_graph_impl not in ("local", "transformer_engine") or not parts:
+        return
+    cut = sorted(parts & {"moe_router", "moe_preprocess"})
+    if cut:
+        raise UserError(
+            f"mhc: cuda-graph-modules {' '.join(cut)} captures a connection's read without its "
+            "write; leave it out (attn can stay)."
+        )
+    if config.cuda_graph_impl == "local":
+        raise UserError(
+            f"mhc: cuda-graph-modules {' '.join(sorted(parts))} needs cuda-graph-impl: "
+            "transformer_engine; local graphs take whole layers."
         )
 
 
@@ -110,26 +144,47 @@ class Chain:
 
     Each learns which one follows it, so that a write and the next read are one launch. Not across
     layers that Megatron recomputes, captures or schedules one by one: a read made ahead would
-    leave the layer's boundary beside its output.
+    leave the layer's boundary beside its output. Nor, where a CUDA graph holds a part of a layer,
+    within it. A graph of the whole iteration holds everything. Where the run recomputes, they also
+    share the blocks of their chunk.
     """
 
     def __init__(self) -> None:
         self._last: HyperConnection | None = None
 
-    def append(self, connection: HyperConnection, config: TransformerConfig) -> None:
-        """The next connection; the first of a new model where it does not follow the last."""
+    def append(
+        self,
+        connection: HyperConnection,
+        config: TransformerConfig,
+        recompute: Callable[[], Recompute | None],
+    ) -> None:
+        """The next connection; the first of a new model where it does not follow the last.
+
+        ``recompute`` makes the blocks of a new chunk.
+        """
         last, self._last = self._last, connection
-        if last is None or connection.index != last.index + 1:
+        follows = last is not None and connection.index == last.index + 1
+        if follows and last.recompute is not None:
+            last.recompute[0].append(connection)
+        if not follows:
+            blocks = recompute()
+            if blocks is not None:
+                blocks.append(connection)
             return
         new_layer = connection.index % 2 == 0
         alone = (
             config.recompute_granularity == "full"
-            or config.cuda_graph_impl != "none"
+            or config.cuda_graph_impl in ("local", "transformer_engine")
             or config.overlap_moe_expert_parallel_comm
             or config.cpu_offloading
         )
-        if not (new_layer and alone):
+        if not (new_layer and alone or _graphed_in_parts(config)):
             last.followed_by(connection)
+
+
+def _graphed_in_parts(config: TransformerConfig) -> bool:
+    """Whether a CUDA graph holds a part of a layer, and the rest runs outside of it."""
+    return config.cuda_graph_impl == "transformer_engine" and bool(config.cuda_graph_modules)
 
 
 def _layer(
@@ -219,6 +274,16 @@ class HyperConnectedStack(HybridStack):
         super().__init__(config, *args, **kwargs)
         if self.post_process and self.post_layer_norm:
             leave_before(self.final_norm, mhc, config)
+        recompute_in_blocks(self, mhc)
+
+
+def recompute_in_blocks(stack: HybridStack, mhc: MHCConfig) -> None:
+    """The blocks of a hybrid stack, whose layers are made without knowing each other."""
+    blocks = recompute_of(mhc, stack.config, get_pg_rank(stack.pg_collection.pp))
+    if blocks is not None:
+        for module in stack.layers.modules():
+            if isinstance(module, HyperConnection):
+                blocks.append(module)
 
 
 class HyperConnectedPrediction(MultiTokenPredictionLayer):
@@ -231,6 +296,7 @@ class HyperConnectedPrediction(MultiTokenPredictionLayer):
             mhc, config.hidden_size, parameter_device(config), config.sequence_parallel
         )
         stack.register_forward_hook(lambda stack, inputs, x: stack.exit(x))
+        recompute_in_blocks(stack, mhc)
         # The stack numbers its layers from one again; names and seeds must differ all the same.
         for connection in stack.modules():
             if isinstance(connection, HyperConnection):
@@ -279,7 +345,7 @@ class HyperConnectedLayer(MegatronModule):
         chain = chain or Chain()
         for connection in (getattr(self, name, None) for name in ("attn_hc", "mlp_hc")):
             if connection is not None:
-                chain.append(connection, config)
+                chain.append(connection, config, lambda: None if stacked else self._blocks())
         self.exit: Exit | None = None
         if self.is_mtp_layer and not stacked:
             self.exit = Exit(mhc, self.C, parameter_device(config), config.sequence_parallel)
@@ -297,16 +363,60 @@ class HyperConnectedLayer(MegatronModule):
                 self.config.params_dtype if self.config.fp32_residual_connection else None
             ),
         )
-        norm.register_forward_pre_hook(lambda norm, inputs: (connection(inputs[0]), *inputs[1:]))
+        connection.read_before(norm, fuse=fuses_norm(norm, self.mhc, self.config))
+        if self.mhc.recompute:
+            norm.register_forward_hook(lambda norm, inputs, out: connection.normed(norm, out))
         return connection
+
+    def _blocks(self) -> Recompute | None:
+        return recompute_of(self.mhc, self.config, get_pg_rank(self.pg_collection.pp))
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         if hidden_states.shape[-1] == self.C:
             hidden_states = enter(hidden_states, self.mhc.n)
+        first = self.attn_hc if hasattr(self, "attn_hc") else self.mlp_hc
+        hidden_states = first(hidden_states, head=True)
         hidden_states, context = super().forward(hidden_states, *args, **kwargs)
         if self.exit is not None:
             hidden_states = self.exit(hidden_states)
         return hidden_states, context
+
+    # Transformer Engine's CUDA graphs do not go through ``forward``: transformer_layer.py:1152
+    # captures the layer's parts, :1209 replays them. The streams enter and leave outside of them.
+
+    def get_layer_static_inputs(self, seq_length: int, micro_batch_size: int) -> dict[str, Tensor]:
+        """What a graph is captured on: Megatron's, with n*C channels (module.py:237)."""
+        inputs = super().get_layer_static_inputs(seq_length, micro_batch_size)
+        narrow = inputs["hidden_states"]
+        wide = torch.ones(
+            (*narrow.shape[:-1], self.mhc.n * self.C),
+            dtype=narrow.dtype,
+            device=narrow.device,
+            requires_grad=narrow.requires_grad,
+        )
+        return inputs | {"hidden_states": wide}
+
+    def _te_cuda_graph_replay(self, *args, **kwargs):
+        if args:
+            hidden_states, args = args[0], args[1:]
+        else:
+            hidden_states = kwargs.pop("hidden_states")
+        if hidden_states.shape[-1] == self.C:
+            hidden_states = enter(hidden_states, self.mhc.n)
+        output, context = super()._te_cuda_graph_replay(hidden_states, *args, **kwargs)
+        return output if self.exit is None else self.exit(output), context
+
+    def _get_submodules_under_cudagraphs(self) -> list[torch.nn.Module]:
+        """Those whose pre-forward hooks a replay has to run: the connections' too."""
+        modules, parts = super()._get_submodules_under_cudagraphs(), self.config.cuda_graph_modules
+        if not parts:
+            return modules
+        held = {part.name for part in parts}
+        mlp = "moe" if self.is_moe_layer else "mlp"
+        for name, part in (("attn_hc", "attn"), ("mlp_hc", mlp)):
+            if part in held and hasattr(self, name):
+                modules.append(getattr(self, name))
+        return modules
 
 
 @functools.cache
@@ -315,16 +425,35 @@ def hyper_connected(base: type[TransformerLayer]) -> type[TransformerLayer]:
     return type(f"HyperConnected{base.__name__}", (HyperConnectedLayer, base), {})
 
 
+def fuses_norm(norm: torch.nn.Module, mhc: MHCConfig, config: TransformerConfig) -> bool:
+    """Whether the connection's kernels make this norm: an RMSNorm on its own, on a GPU."""
+    return (
+        mhc.fuse_norm
+        and mhc.kernels == "auto"
+        and mhc.sinkhorn == "paper"
+        and config.normalization == "RMSNorm"
+        and not config.use_cpu_initialization
+        and parameter_device(config).type == "cuda"
+        and isinstance(getattr(norm, "weight", None), torch.Tensor)
+        and isinstance(getattr(norm, "eps", None), float)
+    )
+
+
 def recompute_norm(
     norm: torch.nn.Module, connection: HyperConnection, config: TransformerConfig
 ) -> None:
     """Selective recompute of ``norm``: its output is dropped once the sublayer has run.
+
+    Nothing to do where the run recomputes blocks, which drop the norms' outputs with the rest, or
+    where the read makes norm(u), and u is not kept in the first place.
 
     Megatron would run the read again with the norm, and its second H_post and H_res would be
     nobody's. Here the read stays outside: u [s, b, C] is kept, norm(u) is made again.
     ``HyperConnection.write`` sees the sublayer's output and drops norm(u) there, where
     transformer_layer.py:684 does.
     """
+    if connection.mhc.recompute or fuses_norm(norm, connection.mhc, config):
+        return
     forward = norm.forward
 
     def checkpointed(u: Tensor) -> Tensor:

@@ -13,8 +13,6 @@ import dataclasses
 import functools
 import math
 import os
-import sys
-import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
@@ -95,7 +93,8 @@ class Observer:
     def _train(self, original: Callable, forward_step_func, model, *rest, **kwargs):
         args = get_args()
         self.iteration = args.iteration
-        if self.mhc.enabled and self.stability_interval:
+        # A replayed CUDA graph runs no Python, and so no observer of H_res.
+        if self.mhc.enabled and self.stability_interval and args.cuda_graph_impl == "none":
             self.monitor = Monitor(model)
         counts = _count_parameters(model)
         if is_last_rank():
@@ -356,18 +355,3 @@ def _count_parameters(model: list[torch.nn.Module]) -> tuple[int, int]:
     total = torch.tensor(own, dtype=torch.float64, device="cuda")
     dist.all_reduce(total, group=mpu.get_model_parallel_group())
     return int(total[0]), int(total[1])
-
-
-def redirect_output(path: str) -> TextIO:
-    """Send this process's standard output and error to ``path``; returns the old standard output.
-
-    Megatron prints some hundred lines before the first step; a terminal is for the live line.
-    """
-    console = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    sys.stdout.flush()
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.write(log, f"\n=== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n".encode())
-    os.dup2(log, sys.stdout.fileno())
-    os.dup2(log, sys.stderr.fileno())
-    os.close(log)
-    return console

@@ -52,6 +52,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
+from mhc_megatron.apex import supply_weight_gradient
 from mhc_megatron.checkpoint.sound import settle
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.corpus import check_corpus
@@ -59,6 +60,7 @@ from mhc_megatron.errors import UserError
 from mhc_megatron.layer_spec import mhc_layer_spec
 from mhc_megatron.optimizer import group_connections
 from mhc_megatron.pipeline import embedding_ranks, widen_pipeline
+from mhc_megatron.recompute import check_recompute
 
 #: Megatron's threshold: a loss this many times the largest seen so far is a spike.
 SPIKY_LOSS_FACTOR = 10
@@ -160,11 +162,7 @@ def pretrain(
     on a signal, a time limit or ``--exit-interval``.
     """
     skip_dataset_compilation()
-    if args.hybrid_layer_pattern is None:
-        model_config = gpt_config_from_args(args, model_config_cls=MHCModelConfig)
-    else:
-        model_config = hybrid_config_from_args(args, model_config_cls=MHCHybridModelConfig)
-    model_config.mhc = mhc
+    model_config = model_config_from_args(args, mhc)
     datasets.is_distributed = True
     group_connections(mhc)
     explain_checkpoint_errors(mhc, say)
@@ -179,6 +177,20 @@ def pretrain(
             tied=model_config.share_embeddings_and_output_weights,
         ),
     )
+
+
+def model_config_from_args(
+    args: Namespace, mhc: MHCConfig
+) -> MHCModelConfig | MHCHybridModelConfig:
+    """The configuration of the model that Megatron's ``args`` and ``mhc`` describe."""
+    if args.hybrid_layer_pattern is None:
+        model_config = gpt_config_from_args(args, model_config_cls=MHCModelConfig)
+    else:
+        model_config = hybrid_config_from_args(args, model_config_cls=MHCHybridModelConfig)
+    model_config.mhc = mhc
+    if args.gradient_accumulation_fusion:
+        supply_weight_gradient()
+    return model_config
 
 
 def skip_dataset_compilation() -> None:
@@ -366,8 +378,9 @@ def check_arguments(args: Namespace) -> None:
         )
     if not args.mock_data and get_blend_and_blend_per_split(args) == (None, None):
         raise UserError("no data: set data-path, or mock-data: true.")
-    half = args.bf16 or args.fp16
-    if half and MHCConfig(**args.mhc).enabled and not args.use_distributed_optimizer:
+    mhc, half = MHCConfig(**args.mhc), args.bf16 or args.fp16
+    check_recompute(args, mhc)
+    if half and mhc.enabled and not args.use_distributed_optimizer:
         # core/optimizer/optimizer.py:1138 numbers the half-precision parameters alone, where the
         # state that it saves numbers all of them.
         raise UserError(

@@ -89,7 +89,7 @@ def megatron_args(folder: Path, mhc=None, **changes):
 
     with contextlib.suppress(KeyError):
         del os.environ["WORLD_SIZE"]
-    pretrain._single_process_environment()
+    pretrain.single_process()
     read = settings.load(str(folder / "model.yaml"))
     values = {
         "micro-batch-size": 1,

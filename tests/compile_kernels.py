@@ -56,7 +56,9 @@ def record(monkeypatch, arch: int, run) -> list:
     return calls
 
 
-def _type(value) -> str:
+def _type(value) -> str | tuple[str, ...]:
+    if isinstance(value, tuple):
+        return tuple(map(_type, value))
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype]
     if isinstance(value, bool) or value is None:
@@ -80,9 +82,12 @@ def compile_call(call, arch: int) -> Usage:
         name: "constexpr" if name in constant else _type(values[name]) for name in names
     }
     constants = {name: values[name] for name in names if signature[name] == "constexpr"}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
-    }
+    aligned = {}
+    for i, name in enumerate(names):
+        if isinstance(signature[name], tuple):
+            aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(len(signature[name]))}
+        elif signature[name][0] == "*":
+            aligned[i,] = [["tt.divisibility", 16]]
     source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     binary = triton.compile(
         source(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),

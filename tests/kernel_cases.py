@@ -118,13 +118,51 @@ def run(case: Case, device: str = "cpu") -> dict[str, dict[str, float]]:
     return result
 
 
+def refilled(case: Case, device: str = "cpu", sublayers: int = 3) -> dict[str, bool]:
+    """Whether a refill gives the bits of the forward: every x after the first, and every u.
+
+    The last sublayer has no bias, the others the case's; every read has the case's norm. Memory
+    that is there already, with other values in it.
+    """
+    import mhc_kernels
+
+    t = make_inputs(case, device)
+    x, norm = t["x"], t.get("norm_weight")
+    options = {"variant": case.variant, "with_H_pre": True, "norm_weight": norm}
+    weights = [(t[f"phi{i % 2}"], t[f"alpha{i % 2}"], t[f"bias{i % 2}"]) for i in range(sublayers)]
+    streams, reads, kept = [], [], {name: [] for name in ("y", "y_bias", "H_post", "H_res")}
+    u, H_post, H_res, H_pre = mhc_kernels.mhc_pre(x, *weights[0], **options)
+    reads.append(u)
+    pre = [H_pre]
+    for i in range(1, sublayers):
+        bias = t.get("y_bias") if i < sublayers - 1 else None
+        operands = {"y": t[f"y{i % 2}"], "y_bias": bias, "H_post": H_post, "H_res": H_res}
+        for name, value in operands.items():
+            kept[name].append(value)
+        following = streams[-1] if streams else x
+        x_next, u, H_post, H_res, H_pre = mhc_kernels.mhc_post_pre(
+            following, operands["y"], H_post, H_res, *weights[i], y_bias=bias, **options
+        )
+        streams.append(x_next)
+        reads.append(u)
+        pre.append(H_pre)
+    out = [torch.ones_like(s) for s in streams], [torch.ones_like(r) for r in reads]
+    mhc_kernels.mhc_refill(
+        x, kept["y"], kept["H_post"], kept["H_res"], pre, y_bias=kept["y_bias"],
+        norm_weight=[norm] * sublayers, out=out,
+    )  # fmt: skip
+    same = {f"x{i + 1}": torch.equal(a, b) for i, (a, b) in enumerate(zip(out[0], streams))}
+    return same | {f"u{i}": torch.equal(a, b) for i, (a, b) in enumerate(zip(out[1], reads))}
+
+
 def main() -> None:
     from triton_interpreter import install
 
     install()
     torch.set_num_threads(1)
     for case in INTERPRETER_CASES:
-        print(json.dumps({"case": asdict(case), "errors": run(case)}), flush=True)
+        line = {"case": asdict(case), "errors": run(case), "refilled": refilled(case)}
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

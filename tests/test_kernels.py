@@ -51,6 +51,12 @@ def test_values_and_gradients_in_the_interpreter(interpreted, number):
         assert error < max(limit, 3 * line["errors"]["eager"][name]), (name, error)
 
 
+@pytest.mark.parametrize("number", range(len(kernel_cases.INTERPRETER_CASES)))
+def test_a_refill_gives_the_forwards_bits(interpreted, number):
+    same = interpreted[number]["refilled"]
+    assert len(same) == 5 and all(same.values()), same
+
+
 def flat_calls(n: int, C: int, variant: str, dtype: torch.dtype, norm: bool, alone: bool):
     """Runs the launches of a boundary, forward and backward; ``alone``: of a pre and a post too."""
     T, K = 96, reference.phi_rows(n, variant)
@@ -64,7 +70,7 @@ def flat_calls(n: int, C: int, variant: str, dtype: torch.dtype, norm: bool, alo
     def run():
         s = launch.Plan(x, variant)
         _, projected, gram = launch.project(s, x, y, None, H_post, H_res, phi, norm)
-        _, _, _, p, inverse_rms, gram = launch.read(
+        _, _, _, p, inverse_rms, gram, _ = launch.read(
             s, x, projected, gram, alpha, bias, weight, 20, 1e-20, 1e-6
         )
         logits = launch.logits_grad(
@@ -77,10 +83,37 @@ def flat_calls(n: int, C: int, variant: str, dtype: torch.dtype, norm: bool, alo
             launch.project(s, x, None, None, None, None, phi, norm)
             launch.boundary_grad(s, x, None, None, None, None, x, y, phi, weight, logits)
             launch.boundary_grad(s, x, y, None, H_post, H_res, x)
-        if norm:
+        if norm and not s.hopper:
             launch.norm_weight_grad(s, x, y, logits.token, weight)
 
     return run
+
+
+def refill_calls(L: int, variant: str, dtype: torch.dtype):
+    """Launches of a block's refill, its first read included, every other y with a bias."""
+    T, n, C = 96, 4, 2560
+    x, y, u = torch.zeros(T, n, C, dtype=dtype), torch.zeros(T, C, dtype=dtype), torch.zeros(T, C)
+    H, H_res = torch.zeros(T, n), torch.zeros(T, n, n)
+
+    def run():
+        launch.refill(
+            launch.Plan(x), x, [y] * L, [y[0] if i % 2 else None for i in range(L)], [H] * L,
+            None if variant == "identity" else [H_res] * L, [H] * (L + 1),
+            [u if i % 2 else None for i in range(L + 1)], [x] * L, [u.to(dtype)] * (L + 1),
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "L, variant",
+    [(0, "mhc"), (3, "mhc"), (3, "identity"), pytest.param(9, "mhc", marks=pytest.mark.slow)],
+)
+def test_refill_compiles(monkeypatch, L, variant):
+    calls = record(monkeypatch, 90, refill_calls(L, variant, torch.bfloat16))
+    assert len(calls) == max(1, -(-L // launch.REFILL_LAYERS))
+    for call in calls:
+        check(compile_call(call, 90), 90, stack=16)
 
 
 def check(usage: Usage, arch: int, stack: int) -> None:
@@ -94,10 +127,10 @@ def check(usage: Usage, arch: int, stack: int) -> None:
 STACK = {80: 900, 90: 16, 100: 128}
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_compiles_within_registers_and_shared_memory(monkeypatch, arch):
-    """The tuned case: mhc, n = 4, bfloat16."""
-    calls = record(monkeypatch, arch, flat_calls(4, 2560, "mhc", torch.bfloat16, False, arch == 90))
+@pytest.mark.parametrize("arch, norm", [(80, False), (90, False), (90, True), (100, False)])
+def test_compiles_within_registers_and_shared_memory(monkeypatch, arch, norm):
+    """The tuned case: mhc, n = 4, bfloat16, without and (Hopper) with a fused norm."""
+    calls = record(monkeypatch, arch, flat_calls(4, 2560, "mhc", torch.bfloat16, norm, arch == 90))
     names = {call[0].__name__ for call in calls}
     assert ("boundary_grad_hopper_kernel" in names) == (arch == 90)
     for call in calls:

@@ -61,6 +61,18 @@ def test_memory_of_a_stage(mhc_27b: dict) -> None:
     assert stage["optimizer"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_blocks_of_a_stage(cluster: Cluster, mhc_27b: dict) -> None:
+    """The best L_r, or the chosen one: what ``mhc_megatron.recompute`` will do."""
+    n, L, width = 4, 8, 4096 * 2560 * 2
+    code, out, _ = plan(cluster, "mhc-27b", "--json", "--set", "mhc.recompute=3")
+    assert code == 0
+    for best, chosen in zip(mhc_27b["stages"], json.loads(out)["stages"], strict=True):
+        L_r, elements = best_block(n, L, best["in_flight"])
+        assert (best["L_r"], best["recomputed"]) == (L_r, elements * width)
+        elements = n * math.ceil(L / 3) * best["in_flight"] + (n + 2) * 3
+        assert (chosen["L_r"], chosen["recomputed"]) == (3, elements * width)
+
+
 def test_connections_cost(mhc_27b: dict) -> None:
     """2nC (n^2 + 2n) + 2nC (n + 2) a sublayer, three times for training."""
     n, C = 4, 2560
@@ -86,6 +98,14 @@ def test_page(cluster: Cluster) -> None:
         ("tiny", ("--set", "run.lr-steps={2: 1}"), "share of the run"),
         ("tiny", ("--set", "run.gpus=-1"), "must not be negative"),
         ("tiny", ("--set", "expert-model-parallel-size=none"), "must be at least 1, not 'none'"),
+        (
+            "tiny",
+            (
+                "--set", "mhc.recompute=2", "--set", "recompute-granularity=full",
+                "--set", "recompute-method=uniform", "--set", "recompute-num-layers=1",
+            ),
+            "mhc: recompute 2: recompute-granularity full",
+        ),
         ("tiny", ("--gpus", "0"), "at least 1, not '0'"),
     ],
 )

@@ -190,6 +190,18 @@ def test_bf16_resumes_to_the_bit(config, tmp_path):
         assert seen[0] == seen[1]
 
 
+def test_with_recompute_it_is_the_same_run(config, whole_run, tmp_path):
+    """Blocks of three sublayers, then of what suits best: every weight as without, to the bit."""
+    run = tmp_path / "run"
+    first = arguments(config, run, "mhc.recompute=3", "exit-interval=6")
+    assert launch(first, tmp_path / "out") == 0, (tmp_path / "out").read_text()
+    assert launch(arguments(config, run, "mhc.recompute=auto"), tmp_path / "out") == 0
+    assert records(run, "resume")[-1]["iteration"] == 6
+    ours, theirs = weights(run), weights(whole_run)
+    assert ours.keys() == theirs.keys()
+    assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
+
+
 def test_plain_residuals_through_the_same_entry(config, tmp_path):
     run = tmp_path / "run"
     assert launch(arguments(config, run, "mhc.variant=none"), tmp_path / "out") == 0
@@ -210,6 +222,15 @@ BAD = {
     "unknown key": (["num-layer=2"], "did you mean 'num-layers'"),
     "unknown mhc key": (["mhc.varient=mhc"], "did you mean 'variant'"),
     "no streams": (["mhc.n=0"], "n must be at least 1, not 0"),
+    "recompute of recompute": (
+        [
+            "mhc.recompute=auto",
+            "recompute-granularity=full",
+            "recompute-method=uniform",
+            "recompute-num-layers=1",
+        ],
+        "mhc: recompute auto: recompute-granularity full makes whole layers again",
+    ),
     "no iterations": (["train-iters=0"], "train-iters must be at least 1"),
     "not a number": (["hidden-size=wide"], "invalid int value: 'wide'"),
     "heads do not divide": (["num-attention-heads=5"], "contradictory settings"),

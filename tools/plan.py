@@ -84,7 +84,9 @@ def make(settings: Settings, gpus: int | None = None) -> dict[str, Any]:
     args = arguments_of(settings, gpus)
     from mhc_megatron.counting import count, flops
     from mhc_megatron.footprint import footprints
+    from mhc_megatron.recompute import check_recompute
 
+    check_recompute(args, settings.mhc)
     counts, operations = count(args, settings.mhc), flops(args, settings.mhc)
     return {
         "name": settings.run.name,

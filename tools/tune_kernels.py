@@ -25,11 +25,32 @@ from mhc_kernels.tuning import Block  # noqa: E402
 
 SHAPES = "4096x1280,4096x1920,4096x2560,16384x2560,8192x4096,4096x7168"
 CANDIDATES = {
-    "project_hopper": [Block(64, 32, 4, 3, 8), Block(64, 64, 8, 3, 8)],
-    "read": [Block(8, 256, 4, 2), Block(16, 256, 4, 2), Block(16, 256, 4, 3)],
-    "read_grad": [Block(4, 256, 1), Block(8, 256, 2)],
-    "phi_grad": [Block(64, 64, 4, 4, 8), Block(64, 128, 4, 3, 8)],
-    "boundary_grad_hopper": [Block(32, 32, 4, 3, 16), Block(32, 64, 8, 3, 16)],
+    "project_hopper": [
+        Block(64, 64, 8, 3, 8),
+        Block(64, 32, 4, 3, 8),
+        Block(128, 32, 8, 4, 8),
+    ],
+    "read": [
+        Block(8, 256, 4, 2),
+        Block(16, 256, 4, 2),
+        Block(8, 128, 4, 2),
+        Block(16, 128, 4, 2),
+    ],
+    "read_grad": [Block(4, 256, 1), Block(8, 256, 2), Block(4, 128, 1)],
+    "phi_grad": [Block(64, 64, 4, 4, 8), Block(64, 128, 4, 3, 8), Block(128, 64, 4, 3, 8)],
+    "boundary_grad_hopper": [
+        Block(32, 32, 4, 3, 16),
+        Block(32, 64, 8, 3, 16),
+        Block(64, 32, 8, 3, 16),
+    ],
+    "post_grad_hopper": [
+        Block(32, 32, 4, 3, 16),
+        Block(32, 64, 8, 3, 16),
+        Block(32, 32, 4, 4, 16),
+        Block(64, 32, 8, 4, 16),
+        Block(16, 64, 4, 4, 16),
+        Block(16, 64, 4, 3, 16),
+    ],
     "post": [Block(8, 256, 4), Block(8, 128, 4), Block(4, 512, 4)],
 }
 
@@ -64,7 +85,7 @@ def boundary(T: int, C: int) -> dict:
         return lambda: run(logits_grad())
 
     projected = project()
-    saved = read()[3:]
+    saved = read()[3:6]
     return {
         "project_hopper": project,
         "read": read,
@@ -77,6 +98,7 @@ def boundary(T: int, C: int) -> dict:
                 plan(), x, y, None, H_post, H_res, g, du, phi, None, logits
             )
         ),
+        "post_grad_hopper": lambda: launch.boundary_grad(plan(), x, y, None, H_post, H_res, g),
         "post": lambda: launch.post(plan(), x, y, None, H_post, H_res),
     }
 
@@ -101,8 +123,8 @@ def milliseconds(run, repeats: int = 11) -> float:
     return statistics.median(times)
 
 
-def measure(shapes: list[tuple[int, int]]) -> dict:
-    """total[kernel][C][candidate number], ms."""
+def measure(shapes: list[tuple[int, int]], compile_only: bool = False) -> dict:
+    """total[kernel][C][candidate number], ms. ``compile_only``: run each once, time nothing."""
     total: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(float)))
     shipped = tuning.block
     for T, C in shapes:
@@ -114,7 +136,12 @@ def measure(shapes: list[tuple[int, int]]) -> dict:
 
                 if C % candidate.BC == 0:
                     tuning.block = block
-                    ms = milliseconds(boundary(T, C)[kernel])
+                    run = boundary(T, C)[kernel]
+                    if compile_only:
+                        run()
+                        tuning.block = shipped
+                        continue
+                    ms = milliseconds(run)
                     tuning.block = shipped
                     total[kernel][C][number] += ms
                     print(f"{kernel:22s} {T:6d}x{C:<5d} {candidate} {ms:.4f} ms", flush=True)
@@ -125,12 +152,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=SHAPES, help="TxC, separated by commas")
     parser.add_argument("--out", type=Path, default=tuning.TABLE)
+    parser.add_argument(
+        "--compile-only", action="store_true", help="fill Triton's cache; for runs side by side"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("tune_kernels needs a CUDA device.", file=sys.stderr)
         sys.exit(2)
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     rows: dict = {}
+    if options.compile_only:
+        measure(shapes, compile_only=True)
+        return
     for kernel, by_C in measure(shapes).items():
         rows[kernel] = [
             {"C": C, "block": asdict(CANDIDATES[kernel][min(times, key=times.get)])}

@@ -55,10 +55,18 @@ def _wide(t: Tensor | None, keep: int) -> Tensor | None:
     return None if t is None else _flat(t.float(), keep)
 
 
-def _outputs(lead: torch.Size, u: Tensor, H_post: Tensor, H_res: Tensor, variant: str):
+def _outputs(
+    lead: torch.Size,
+    u: Tensor,
+    H_post: Tensor,
+    H_res: Tensor,
+    variant: str,
+    H_pre: Tensor | None = None,
+):
     n, C = H_post.shape[-1], u.shape[-1]
     H_res = None if variant == "identity" else H_res.reshape(*lead, n, n)
-    return u.reshape(*lead, C), H_post.reshape(*lead, n), H_res
+    read = u.reshape(*lead, C), H_post.reshape(*lead, n), H_res
+    return read if H_pre is None else (*read, H_pre.detach().reshape(*lead, n))
 
 
 def _parameters(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, variant: str):
@@ -89,18 +97,23 @@ def mhc_pre(
     eps: float = reference.NORM_EPS,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``reference.mhc_pre``: u [..., C], H_post [..., n], H_res [..., n, n] or None."""
+    with_H_pre: bool = False,
+) -> tuple[Tensor, ...]:
+    """``reference.mhc_pre``: u [..., C], H_post [..., n], H_res [..., n, n] or None.
+
+    ``with_H_pre`` adds H_pre [..., n], without a gradient, for ``mhc_refill``; it carries
+    1 / rms(H_pre x) where ``norm_weight`` is given.
+    """
     parameters = _parameters(x, phi, alpha, bias, variant)
     if not supported(x):
         return reference.mhc_pre(
             x, phi, alpha, bias, variant=variant, iterations=iterations, eps=eps,
-            norm_weight=norm_weight, norm_eps=norm_eps,
+            norm_weight=norm_weight, norm_eps=norm_eps, with_H_pre=with_H_pre,
         )  # fmt: skip
-    u, H_post, H_res, *_ = ops.pre_op(
+    u, H_post, H_res, *_, H_pre = ops.pre_op(
         _flat(x, 2), *parameters, norm_weight, variant, iterations, eps, norm_eps
     )
-    return _outputs(x.shape[:-2], u, H_post, H_res, variant)
+    return _outputs(x.shape[:-2], u, H_post, H_res, variant, H_pre if with_H_pre else None)
 
 
 def mhc_enter(
@@ -114,7 +127,8 @@ def mhc_enter(
     eps: float = reference.NORM_EPS,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    with_H_pre: bool = False,
+) -> tuple[Tensor, ...]:
     """``mhc_pre`` at the head of a chain of sublayers: x, u, H_post, H_res.
 
     The x returned is the x given. Use it in the boundary that follows, and x's gradient is made
@@ -124,12 +138,14 @@ def mhc_enter(
     if not supported(x):
         return x, *reference.mhc_pre(
             x, phi, alpha, bias, variant=variant, iterations=iterations, eps=eps,
-            norm_weight=norm_weight, norm_eps=norm_eps,
+            norm_weight=norm_weight, norm_eps=norm_eps, with_H_pre=with_H_pre,
         )  # fmt: skip
-    handed_on, u, H_post, H_res = ops.Enter.apply(
+    handed_on, u, H_post, H_res, H_pre = ops.Enter.apply(
         _flat(x, 2), *parameters, norm_weight, variant, iterations, eps, norm_eps
     )
-    return handed_on.reshape(x.shape), *_outputs(x.shape[:-2], u, H_post, H_res, variant)
+    H_pre = H_pre if with_H_pre else None
+    read = _outputs(x.shape[:-2], u, H_post, H_res, variant, H_pre)
+    return handed_on.reshape(x.shape), *read
 
 
 def _post_operands(x: Tensor, y: Tensor, H_post: Tensor, H_res: Tensor | None):
@@ -169,20 +185,23 @@ def mhc_post_pre(
     eps: float = reference.NORM_EPS,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    with_H_pre: bool = False,
+) -> tuple[Tensor, ...]:
     """``reference.mhc_post_pre``: x_next, u, H_post', H_res', with x's gradient made once."""
     parameters = _parameters(x, phi, alpha, bias, variant)
     if not supported(x):
         return reference.mhc_post_pre(
             x, y, H_post, H_res, phi, alpha, bias, y_bias=y_bias, variant=variant,
             iterations=iterations, eps=eps, norm_weight=norm_weight, norm_eps=norm_eps,
+            with_H_pre=with_H_pre,
         )  # fmt: skip
     flat_x, flat_y, flat_post, flat_res = _post_operands(x, y, H_post, H_res)
-    x_next, u, next_post, next_res, *_ = ops.post_pre_op(
+    x_next, u, next_post, next_res, *_, H_pre = ops.post_pre_op(
         flat_x, flat_y, y_bias, flat_post, flat_res, *parameters, norm_weight,
         variant, iterations, eps, norm_eps,
     )  # fmt: skip
-    rest = _outputs(x.shape[:-2], u, next_post, next_res, variant)
+    H_pre = H_pre if with_H_pre else None
+    rest = _outputs(x.shape[:-2], u, next_post, next_res, variant, H_pre)
     return x_next.reshape(x.shape), *rest
 
 
@@ -193,25 +212,42 @@ def mhc_refill(
     H_post: list[Tensor],
     H_res: list[Tensor] | list[None],
     H_pre: list[Tensor],
+    *,
+    y_bias: list[Tensor | None] | None = None,
+    norm_weight: list[Tensor | None] | None = None,
+    out: tuple[list[Tensor], list[Tensor]] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Streams and reads of a block of sublayers, from its first x and every sublayer's y.
+    """Streams and reads of a block of sublayers, from its first x and the sublayers' y.
 
-    x [..., n, C] enters the block. Sublayer l ends with ``mhc_post`` (y[l], H_post[l], H_res[l]),
-    the next one reads with H_pre[l] [..., n], the read weights of the streams after it. Returns
-    x_next[l] [..., n, C] and u[l] = H_pre[l] x_next[l] [..., C], the same to rounding (x_next to
-    the bit) as the forward's. No gradient: it refills what a forward dropped.
+    x [..., n, C] enters the block. Sublayer l ends with ``mhc_post`` (y[l] [..., C] + y_bias[l],
+    H_post[l], H_res[l]), the next one reads with H_pre[l] [..., n], the read weights of the streams
+    after it. Returns x_next[l] [..., n, C] and u[l] = H_pre[l] x_next[l] [..., C], the forward's
+    to the bit. One H_pre more than y: the first reads x itself, and its u is the first. Where the
+    forward fused a norm into the read, norm_weight has its weight [C] (H_pre carries 1 / rms).
+
+    ``out``: contiguous tensors that the two lists are written to and made of; u's may be of another
+    dtype. No gradient: it refills what a forward dropped.
     """
     if not supported(x):
-        return reference.mhc_refill(x, y, H_post, H_res, H_pre)
-    identity = len(H_res) == 0 or H_res[0] is None
-    out = ops.refill_op(
+        return reference.mhc_refill(
+            x, y, H_post, H_res, H_pre, y_bias=y_bias, norm_weight=norm_weight, out=out
+        )
+    if out is None:
+        reads = [x.new_empty(*x.shape[:-2], x.shape[-1]) for _ in H_pre]
+        out = [torch.empty_like(x) for _ in y], reads
+    ops.refill_op(
         _flat(x, 2),
         [_flat(t, 1) for t in y],
+        _absent_empty(x, y_bias, len(y)),
         [_wide(t, 1) for t in H_post],
-        [] if identity else [_wide(t, 2) for t in H_res],
+        [] if len(H_res) == 0 or H_res[0] is None else [_wide(t, 2) for t in H_res],
         [_wide(t, 1) for t in H_pre],
+        _absent_empty(x, norm_weight, len(H_pre)),
+        *out,
     )
-    L = len(y)
-    return [t.reshape(x.shape) for t in out[:L]], [
-        t.reshape(y[0].shape) for t in out[L:]
-    ]
+    return out
+
+
+def _absent_empty(x: Tensor, tensors: list[Tensor | None] | None, count: int) -> list[Tensor]:
+    """A custom op's list takes no None: an empty tensor stands for it."""
+    return [x.new_empty(0) if t is None else t for t in tensors or [None] * count]

@@ -5,7 +5,7 @@ election and a wait for each of 18 loads and 5 stores a step) and issue, not mem
 Here one mbarrier covers a stage, the results are written over the stage's own g and du, each
 element by the thread that read it, and leave from there; a step has one barrier.
 
-For bfloat16 streams, n = 4 and no fused norm; ``launch`` keeps the plain kernel for the rest.
+For bfloat16 streams, n <= 4 and y without a bias; ``launch`` keeps the plain kernels for the rest.
 """
 
 from triton.experimental import gluon
@@ -175,7 +175,7 @@ def total_gradients(
     n: gl.constexpr, mma: gl.constexpr, PRE: gl.constexpr, POST: gl.constexpr, RES: gl.constexpr,
     HAS_G: gl.constexpr,
 ):  # fmt: skip
-    """G of every stream; token = H_pre (n), the norm's two shares and their sum."""
+    """G of every stream; token = H_pre (n), then the sum of the streams' norm's shares."""
     G = ()
     for o in gl.static_range(n):
         part_of_G = zero
@@ -185,7 +185,7 @@ def total_gradients(
             x_next = x[o]
             if POST:
                 x_next = mix(x, y, H_res, H_post, o, n, RES)
-            part_of_G += token[n + 2][:, None] * x_next
+            part_of_G += token[n][:, None] * x_next
             part_of_G += token[o][:, None] * du
         G = G + (part_of_G,)
     if PRE:
@@ -213,11 +213,63 @@ def write_gradients(
 
 
 @gluon.jit
+def weights_of_z(H_pre, H_post, H_res, n: gl.constexpr, POST: gl.constexpr, RES: gl.constexpr):
+    """z = H_pre x_next as a sum over x_i (n weights) and, with POST, y (the last)."""
+    weights = ()
+    for i in gl.static_range(n):
+        weight = H_pre[i]
+        if POST and RES:
+            weight = H_pre[0] * H_res[i]
+            for o in gl.static_range(1, n):
+                weight += H_pre[o] * H_res[o * n + i]
+        weights = weights + (weight,)
+    if POST:
+        weight = H_pre[0] * H_post[0]
+        for o in gl.static_range(1, n):
+            weight += H_pre[o] * H_post[o]
+        weights = weights + (weight,)
+    return weights
+
+
+@gluon.jit
+def before_norm(x, y, du, weight, z_weights, token, n: gl.constexpr, POST: gl.constexpr):
+    """From du, the gradient of weight * z / rms(z): that of z, and each token's share of weight's.
+
+    The factors come from ``coefficients.through_norm``.
+    """
+    z = z_weights[0][:, None] * x[0]
+    for i in gl.static_range(1, n):
+        z += z_weights[i][:, None] * x[i]
+    if POST:
+        z += z_weights[n][:, None] * y
+    share = token[n + 2][:, None] * du
+    return share * weight[None, :] - token[n + 3][:, None] * z, share * z
+
+
+@gluon.jit
+def sum_rows_of_warps(x, BT: gl.constexpr, BC: gl.constexpr):
+    """[BT, BC] -> [BT // 16, BC], the sums of every 16 rows: those of one warp."""
+    return gl.sum(gl.reshape(x, [BT // 16, 16, BC]), axis=1)
+
+
+@gluon.jit
+def indices_of_warps(
+    tile, C: gl.constexpr, BT: gl.constexpr, BC: gl.constexpr, mma: gl.constexpr
+):
+    """Where the sums of ``sum_rows_of_warps`` belong in [T // 16, C], for channel 0."""
+    rows = gl.arange(0, BT, layout=gl.SliceLayout(1, mma)) // 16
+    columns = gl.arange(0, BC, layout=gl.SliceLayout(0, mma))
+    at = gl.reshape((rows * C)[:, None] + columns[None, :], [BT // 16, 16, BC])
+    # All 16 are equal; the reduction is there for the layout.
+    return gl.max(at, axis=1).to(gl.int64) + tile.to(gl.int64) * (BT // 16 * C)
+
+
+@gluon.jit
 def load_coefficients(
     H_post_ptr, H_res_ptr, token_ptr, rows, mask, n: gl.constexpr, PRE: gl.constexpr,
-    POST: gl.constexpr, RES: gl.constexpr,
+    POST: gl.constexpr, RES: gl.constexpr, NORM: gl.constexpr,
 ):  # fmt: skip
-    """H_post, H_res and token (with the sum of the norm's shares) of a tile, as tuples of [BT]."""
+    """H_post, H_res and token (in column n the sum of the norm's shares), as tuples of [BT]."""
     H_post = ()
     H_res = ()
     token = ()
@@ -226,8 +278,12 @@ def load_coefficients(
         if RES:
             H_res = load_columns(H_res_ptr, rows, n * n, n * n, mask)
     if PRE:
-        token = load_columns(token_ptr, rows, n + 4, n + 2, mask)
-        token = token + (token[n] + token[n + 1],)
+        columns = load_columns(token_ptr, rows, n + 4, n + 4 if NORM else n + 2, mask)
+        for i in gl.static_range(n):
+            token = token + (columns[i],)
+        token = token + (columns[n] + columns[n + 1], columns[n + 1])
+        if NORM:
+            token = token + (columns[n + 2], columns[n + 3])
     return H_post, H_res, token
 
 
@@ -254,15 +310,17 @@ def start_loads(
 
 @gluon.jit(do_not_specialize=["T", "parts", "per_part"])
 def boundary_grad_hopper_kernel(
-    x_desc, y_desc, g_desc, du_desc, phi_desc, w_desc, dx_desc, dy_desc, H_post_ptr, H_res_ptr,
-    token_ptr, dH_post_ptr, dH_res_ptr, parts_ptr, counter_ptr, T, parts, per_part,
-    n: gl.constexpr, C: gl.constexpr, K: gl.constexpr, KP: gl.constexpr, BT: gl.constexpr,
-    BC: gl.constexpr, WN: gl.constexpr, PRE: gl.constexpr, POST: gl.constexpr, RES: gl.constexpr,
-    HAS_G: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    x_desc, y_desc, g_desc, du_desc, phi_desc, w_desc, dx_desc, dy_desc, norm_weight_ptr,
+    dweight_ptr, H_post_ptr, H_res_ptr, token_ptr, dH_post_ptr, dH_res_ptr, parts_ptr, counter_ptr,
+    T, parts, per_part, n: gl.constexpr, C: gl.constexpr, K: gl.constexpr, KP: gl.constexpr,
+    BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr, PRE: gl.constexpr, POST: gl.constexpr,
+    RES: gl.constexpr, HAS_G: gl.constexpr, NORM: gl.constexpr, STAGES: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """A tile of BT tokens and a part of the channels, BC at a time; WN warps side by side in BC.
 
-    PRE, POST: as in ``post_pre.boundary_grad_kernel``.
+    PRE, POST: as in ``post_pre.boundary_grad_kernel``. NORM: dweight [T // 16, C] gets the sums
+    over 16 tokens of the gradient of the fused norm's weight.
     """
     if PDL:
         gdc_wait()
@@ -298,8 +356,13 @@ def boundary_grad_hopper_kernel(
     rows = (t0 + gl.arange(0, BT, layout=row)).to(gl.int64)
     mask = rows < T
     H_post, H_res, token = load_coefficients(
-        H_post_ptr, H_res_ptr, token_ptr, rows, mask, n, PRE, POST, RES
+        H_post_ptr, H_res_ptr, token_ptr, rows, mask, n, PRE, POST, RES, NORM
     )
+    z_weights = ()
+    if NORM:
+        z_weights = weights_of_z(token, H_post, H_res, n, POST, RES)
+        dweight_ptrs = dweight_ptr + indices_of_warps(tile, C, BT, BC, mma)
+        weight_ptrs = norm_weight_ptr + gl.arange(0, BC, layout=gl.SliceLayout(0, mma))
     zero = gl.full([BT, BC], 0.0, gl.float32, layout=mma)
     empty = pieces(zero, BT, BC, WN)[0]
     d_post = ()
@@ -330,6 +393,10 @@ def boundary_grad_hopper_kernel(
             y = y_tiles.index(2 * slot).load(mma).to(gl.float32)
         if PRE:
             du = y_tiles.index(2 * slot + 1).load(mma).to(gl.float32)
+        if NORM:
+            weight = gl.load(weight_ptrs + c0).to(gl.float32)
+            du, share = before_norm(x, y, du, weight, z_weights, token, n, POST)
+            gl.store(dweight_ptrs + c0, sum_rows_of_warps(share, BT, BC))
         G = total_gradients(
             x, y, du, g_tile, w_high, w_low, phi_tile, slot, H_post, H_res, token, zero,
             n, mma, PRE, POST, RES, HAS_G,
@@ -387,22 +454,41 @@ def round_pairs(x):
 
 
 @gluon.jit
-def add_squares(total, out, BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr):
-    """total + the squares of a tile, summed inside each thread."""
-    parts = pieces(out.to(gl.float32), BT, BC, WN)
-    return add_products(total, parts, parts, BC // (4 * WN))
+def add_gram(
+    sums, tiles, n: gl.constexpr, BT: gl.constexpr, BC: gl.constexpr, WN: gl.constexpr,
+    GRAM: gl.constexpr,
+):  # fmt: skip
+    """``post_pre.add_products``: x_i . x_j for i <= j, or the total of squares, in each thread."""
+    count: gl.constexpr = BC // (4 * WN)
+    parts = ()
+    for i in gl.static_range(n):
+        parts = parts + (pieces(tiles[i].to(gl.float32), BT, BC, WN),)
+    out = ()
+    if GRAM:
+        for i in gl.static_range(n):
+            for j in gl.static_range(n):
+                if j >= i:
+                    total = sums[i * n - i * (i - 1) // 2 + j - i]
+                    out = out + (add_products(total, parts[i], parts[j], count),)
+    else:
+        total = sums[0]
+        for i in gl.static_range(n):
+            total = add_products(total, parts[i], parts[i], count)
+        out = (total,)
+    return out
 
 
 @gluon.jit
 def store_products(
-    acc, squares, projected_ptr, gram_ptr, part, t0, T,
-    row: gl.constexpr, KP: gl.constexpr, BT: gl.constexpr, WN: gl.constexpr,
+    acc, sums, projected_ptr, gram_ptr, part, t0, T, row: gl.constexpr, KP: gl.constexpr,
+    BT: gl.constexpr, WN: gl.constexpr, COUNT: gl.constexpr,
 ):  # fmt: skip
-    """This part's products with phi (high + low) and squares of a tile of tokens."""
+    """This part's products with phi (high + low) and COUNT of the streams, of a tile of tokens."""
     rows = (t0 + gl.arange(0, BT, layout=row)).to(gl.int64)
-    square = gl.convert_layout(gl.sum(gl.sum(squares, axis=2), axis=1), row)
     part_row = part.to(gl.int64) * T
-    gl.store(gram_ptr + part_row + rows, square, mask=rows < T)
+    for k in gl.static_range(COUNT):
+        total = gl.convert_layout(gl.sum(gl.sum(sums[k], axis=2), axis=1), row)
+        gl.store(gram_ptr + (part_row + rows) * COUNT + k, total, mask=rows < T)
     flat: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [BT // 16, WN], [1, 0])
     projected = gl.convert_layout(gl.sum(gl.reshape(acc, [BT, 2, KP]), axis=1), flat)
     rows = (t0 + gl.arange(0, BT, layout=gl.SliceLayout(1, flat))).to(gl.int64)
@@ -428,7 +514,7 @@ def post_project_hopper_kernel(
     x_desc, y_desc, x_next_desc, phi_desc, H_post_ptr, H_res_ptr, projected_ptr, gram_ptr, T,
     per_part, n: gl.constexpr, C: gl.constexpr, KP: gl.constexpr, BT: gl.constexpr,
     BC: gl.constexpr, WN: gl.constexpr, POST: gl.constexpr, RES: gl.constexpr,
-    STAGES: gl.constexpr, PDL: gl.constexpr,
+    GRAM: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """``post_pre.post_project_kernel`` for a tile of BT tokens and a part of the channels.
 
@@ -470,7 +556,10 @@ def post_project_hopper_kernel(
         if RES:
             H_res = load_columns(H_res_ptr, rows, n * n, n * n, mask)
     acc = gl.full([BT, 2 * KP], 0.0, gl.float32, layout=mma)
-    squares = pieces(gl.full([BT, BC], 0.0, gl.float32, layout=mma), BT, BC, WN)[0]
+    COUNT: gl.constexpr = n * (n + 1) // 2 if GRAM else 1
+    sums = ()
+    for _ in gl.static_range(COUNT):
+        sums = sums + (pieces(gl.full([BT, BC], 0.0, gl.float32, layout=mma), BT, BC, WN)[0],)
 
     slot = 0
     phase = 0
@@ -481,14 +570,14 @@ def post_project_hopper_kernel(
             x = x + (x_tile.index(slot * n + i).load(mma),)
         if POST:
             y = y_tiles.index(slot).load(mma).to(gl.float32)
+            x_next = ()
             for o in gl.static_range(n):
-                x_next = round_pairs(mix_rounded(x, y, H_res, H_post, o, n, RES))
-                x_tile.index(slot * n + o).store(x_next)
-                squares = add_squares(squares, x_next, BT, BC, WN)
+                out = round_pairs(mix_rounded(x, y, H_res, H_post, o, n, RES))
+                x_tile.index(slot * n + o).store(out)
+                x_next = x_next + (out,)
             fence_async_shared()
-        else:
-            for o in gl.static_range(n):
-                squares = add_squares(squares, x[o], BT, BC, WN)
+            x = x_next
+        sums = add_gram(sums, x, n, BT, BC, WN, GRAM)
         gl.thread_barrier()
         if POST:
             tma.async_copy_shared_to_global(x_next_desc, [0, t0, chunk * BC], x_tiles.index(slot))
@@ -509,4 +598,4 @@ def post_project_hopper_kernel(
         slot = gl.where(slot == STAGES, 0, slot)
     if POST:
         tma.store_wait(0)
-    store_products(acc, squares, projected_ptr, gram_ptr, part, t0, T, row, KP, BT, WN)
+    store_products(acc, sums, projected_ptr, gram_ptr, part, t0, T, row, KP, BT, WN, COUNT)

@@ -79,8 +79,8 @@ class Plan:
 
     def boundary_tiles(self) -> int:
         """Tiles of tokens in ``boundary_grad``, at most."""
-        blocks = self.block("boundary_grad"), self.block("boundary_grad_hopper")
-        return triton.cdiv(self.T, min(b.BT for b in blocks))
+        names = "boundary_grad", "boundary_grad_hopper", "post_grad_hopper"
+        return triton.cdiv(self.T, min(self.block(name).BT for name in names))
 
     def new(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=self.device)
@@ -147,7 +147,7 @@ def project(
     norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_next (x itself without y) and the partial sums of its projection and squares."""
-    fast = s.hopper and y_bias is None and not norm
+    fast = s.hopper and y_bias is None
     b = s.block("project_hopper" if fast else "project")
     split = None
     if s.split:
@@ -183,6 +183,7 @@ def project(
             WN=16 * b.warps // b.BT,
             POST=y is not None,
             RES=H_res is not None,
+            GRAM=norm,
             STAGES=b.stages,
             PDL=s.pdl,
             num_warps=b.warps,
@@ -229,12 +230,13 @@ def read(
     iterations: int,
     eps: float,
     norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """u, H_post, H_res and, for backward, p, 1 / rms and the products of streams."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """u, H_post, H_res; for backward p, 1 / rms and the products of streams; for refill H_pre."""
     b = s.block("read")
     norm = norm_weight is not None
     u, p, inverse_rms = s.new(s.T, s.C, dtype=s.dtype), s.new(s.T, s.K), s.new(s.T)
     H_post, H_res = s.new(s.T, s.n), s.new(s.T, s.n if s.R else 0, s.n)
+    H_pre = s.new(s.T, s.n)
     gram = s.new(s.T, _gram_size(s.n, True) if norm else 0)
     table = _permutation_table(s.n, s.device) if s.variant == "birkhoff" else None
     read_kernel[_grid(triton.cdiv(s.T, b.BT))](
@@ -251,6 +253,7 @@ def read(
         p,
         inverse_rms,
         gram,
+        H_pre,
         s.T,
         projected.shape[0],
         eps,
@@ -268,7 +271,7 @@ def read(
         NORM=norm,
         **s.options(b, looped=True),
     )
-    return u, H_post, H_res, p, inverse_rms, gram
+    return u, H_post, H_res, p, inverse_rms, gram, H_pre
 
 
 @dataclass
@@ -406,10 +409,14 @@ def boundary_grad(
     phi: Tensor | None = None,
     norm_weight: Tensor | None = None,
     logits: LogitsGrad | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dy, dH_post, dH_res. Without y: of a pre alone; without logits: of a post alone."""
-    fast = s.hopper and y_bias is None and norm_weight is None
-    b = s.block("boundary_grad_hopper" if fast else "boundary_grad")
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dy, dH_post, dH_res. Without y: of a pre alone; without logits: of a post alone.
+
+    And, where the kernel makes it by the way, the gradient of norm_weight, else None.
+    """
+    fast = s.hopper and y_bias is None
+    hopper = "post_grad_hopper" if logits is None else "boundary_grad_hopper"
+    b = s.block(hopper if fast else "boundary_grad")
     tiles, chunks = triton.cdiv(s.T, b.BT), s.C // b.BC
     parts = tuning.parts(tiles, chunks, b.split, s.slots(b))
     per_part = triton.cdiv(chunks, parts)
@@ -424,8 +431,10 @@ def boundary_grad(
             counters = torch.zeros(tiles, dtype=torch.int32, device=s.device)
     sums = (dH_post, dH_res, partial, counters, s.T, parts, per_part)
     if fast:
-        _boundary_grad_hopper(s, b, tiles, x, y, g, du, H_post, H_res, logits, dx, dy, sums)
-        return dx, dy, dH_post, dH_res
+        dweight = _boundary_grad_hopper(
+            s, b, tiles, x, y, g, du, H_post, H_res, norm_weight, logits, dx, dy, sums
+        )
+        return dx, dy, dH_post, dH_res, dweight
     x_desc = s.rows(x, b)
     boundary_grad_kernel[_grid(tiles, parts)](
         x_desc,
@@ -458,7 +467,7 @@ def boundary_grad(
         PIN=s.pin,
         **s.options(b, looped=True),
     )
-    return dx, dy, dH_post, dH_res
+    return dx, dy, dH_post, dH_res, None
 
 
 def _boundary_grad_hopper(
@@ -471,13 +480,16 @@ def _boundary_grad_hopper(
     du: Tensor | None,
     H_post: Tensor | None,
     H_res: Tensor | None,
+    norm_weight: Tensor | None,
     logits: LogitsGrad | None,
     dx: Tensor,
     dy: Tensor | None,
     sums: tuple,
-) -> None:
-    """``boundary_grad`` through the Gluon kernel."""
+) -> Tensor | None:
+    """``boundary_grad`` through the Gluon kernel; returns the gradient of norm_weight."""
     n, C = s.n, s.C
+    norm = norm_weight is not None
+    dweight = s.new(tiles * (b.BT // 16), C) if norm else None
     phi = w = None
     if logits is not None:
         phi = s.hopper_phi(logits.split, b, streams_first=False)
@@ -496,6 +508,8 @@ def _boundary_grad_hopper(
         row_or_x(None) if w is None else w,
         s.hopper_streams(dx, b),
         row_or_x(dy),
+        norm_weight,
+        dweight,
         H_post,
         H_res,
         None if logits is None else logits.token,
@@ -511,11 +525,13 @@ def _boundary_grad_hopper(
         POST=y is not None,
         RES=H_res is not None,
         HAS_G=g is not None,
+        NORM=norm,
         STAGES=b.stages,
         PDL=s.pdl,
         num_warps=b.warps,
         launch_pdl=s.pdl,
     )
+    return dweight.sum(0).to(norm_weight.dtype) if norm else None
 
 
 def norm_weight_grad(s: Plan, x: Tensor, du: Tensor, token: Tensor, weight: Tensor) -> Tensor:
@@ -544,20 +560,35 @@ def refill(
     s: Plan,
     x: Tensor,
     y: list[Tensor],
+    y_bias: list[Tensor | None],
     H_post: list[Tensor],
     H_res: list[Tensor] | None,
     H_pre: list[Tensor],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """x_next and u of every sublayer, ``REFILL_LAYERS`` a launch."""
-    b = s.block("refill")
-    x_next, u = [torch.empty_like(x) for _ in y], [torch.empty_like(t) for t in y]
-    for first in range(0, len(y), REFILL_LAYERS):
+    norm_weight: list[Tensor | None],
+    x_next: list[Tensor],
+    u: list[Tensor],
+) -> None:
+    """Writes x_next and u of every sublayer, ``REFILL_LAYERS`` a launch.
+
+    One H_pre and u more than y: the first are the read of x itself.
+    """
+    b, ahead = s.block("refill"), len(u) - len(y)
+    for first in range(0, max(1, len(y)), REFILL_LAYERS):
         part = slice(first, min(first + REFILL_LAYERS, len(y)))
+        opens = ahead if first == 0 else 0
+        reads = slice(part.start + ahead - opens, part.stop + ahead)
+        biases, has_bias = _given(y_bias[part], x)
+        weights, has_norm = _given(norm_weight[reads], x)
         refill_kernel[_grid(s.C // b.BC, triton.cdiv(s.T, b.BT))](
-            x, tuple(y[part]), tuple(H_post[part]), tuple(H_res[part]) if H_res else (),
-            tuple(H_pre[part]), tuple(x_next[part]), tuple(u[part]), s.T,
-            L=part.stop - first, n=s.n, C=s.C, BT=b.BT, BC=b.BC, RES=bool(H_res),
-            **s.options(b),
+            x, tuple(y[part]), biases, tuple(H_post[part]), tuple(H_res[part]) if H_res else (),
+            tuple(H_pre[reads]), weights, tuple(x_next[part]), tuple(u[reads]), s.T,
+            L=part.stop - first, FIRST=opens, n=s.n, C=s.C, BT=b.BT, BC=b.BC, RES=bool(H_res),
+            Y_BIAS=has_bias, NORM=has_norm, **s.options(b),
         )  # fmt: skip
-        x = x_next[part][-1]
-    return x_next, u
+        x = x_next[part][-1] if y else x
+
+
+def _given(tensors: list[Tensor | None], other: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    """The tensors, ``other`` where there is none, and a bit mask of those that there are."""
+    mask = sum(1 << i for i, t in enumerate(tensors) if t is not None)
+    return tuple(other if t is None else t for t in tensors), mask

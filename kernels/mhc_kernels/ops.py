@@ -37,15 +37,15 @@ def _pre_outputs(x: Tensor, variant: str, norm: bool) -> tuple[Tensor, ...]:
 
     H_res = new(T, n, n) if R else new(T, 0, n)
     gram = new(T, n * (n + 1) // 2 if norm else 0)
-    return x.new_empty(T, C), new(T, n), H_res, new(T, K), new(T), gram
+    return x.new_empty(T, C), new(T, n), H_res, new(T, K), new(T), gram, new(T, n)
 
 
 @torch.library.custom_op("mhc_kernels::pre", mutates_args=())
 def pre_op(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, norm_weight: Tensor | None,
     variant: str, iterations: int, eps: float, norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """u, H_post, H_res, p, 1 / rms, products of streams."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """u, H_post, H_res, p, 1 / rms, products of streams, H_pre (for a refill; no gradient)."""
     if x.numel() == 0:
         return _pre_outputs(x, variant, norm_weight is not None)
     s, x = Plan(x, variant), _ready(x)
@@ -68,7 +68,7 @@ def post_pre_op(
     x: Tensor, y: Tensor, y_bias: Tensor | None, H_post: Tensor, H_res: Tensor | None,
     phi: Tensor, alpha: Tensor, bias: Tensor, norm_weight: Tensor | None,
     variant: str, iterations: int, eps: float, norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """x_next, then what ``pre_op`` returns for it."""
     if x.numel() == 0:
         return (torch.empty_like(x), *_pre_outputs(x, variant, norm_weight is not None))
@@ -127,11 +127,10 @@ def boundary_backward_op(
             iterations, norm_eps,
         )  # fmt: skip
         parameters = launch.phi_grad(s, x_next, logits, alpha)
-        streams = launch.boundary_grad(
+        *streams, dnorm = launch.boundary_grad(
             s, x, y, y_bias, H_post, H_res, g, du, phi, norm_weight, logits
         )
-        dnorm = None
-        if norm_weight is not None:
+        if norm_weight is not None and dnorm is None:
             dnorm = launch.norm_weight_grad(s, x_next, du, logits.token, norm_weight)
     return tuple(x.new_empty(0) if t is None else t for t in (*streams, *parameters, dnorm))
 
@@ -158,7 +157,7 @@ def post_backward_op(
     s = Plan(x)
     x, y, g = _ready(x), _ready(y), _ready(g)
     with torch.cuda.device_of(x):
-        dx, dy, dH_post, dH_res = launch.boundary_grad(s, x, y, y_bias, H_post, H_res, g)
+        dx, dy, dH_post, dH_res, _ = launch.boundary_grad(s, x, y, y_bias, H_post, H_res, g)
     return dx, dy, dH_post, x.new_empty(0) if dH_res is None else dH_res
 
 
@@ -168,22 +167,23 @@ def _(x, y, y_bias, H_post, H_res, g):
     return torch.empty_like(x), torch.empty_like(y), torch.empty_like(H_post), dH_res
 
 
-@torch.library.custom_op("mhc_kernels::refill", mutates_args=())
+@torch.library.custom_op("mhc_kernels::refill", mutates_args=("x_next", "u"))
 def refill_op(
-    x: Tensor, y: list[Tensor], H_post: list[Tensor], H_res: list[Tensor], H_pre: list[Tensor]
-) -> list[Tensor]:
-    """x_next of every sublayer, then u of every sublayer. H_res empty: the identity."""
+    x: Tensor, y: list[Tensor], y_bias: list[Tensor], H_post: list[Tensor], H_res: list[Tensor],
+    H_pre: list[Tensor], norm_weight: list[Tensor], x_next: list[Tensor], u: list[Tensor],
+) -> None:  # fmt: skip
+    """Writes x_next and u. H_res empty: the identity; an empty y_bias or norm_weight: none."""
     if x.numel() == 0:
-        return [torch.empty_like(x) for _ in y] + [torch.empty_like(t) for t in y]
+        return
     s, x, y = Plan(x), _ready(x), [_ready(t) for t in y]
+    biases, weights = ([t if t.numel() else None for t in ts] for ts in (y_bias, norm_weight))
     with torch.cuda.device_of(x):
-        x_next, u = launch.refill(s, x, y, H_post, H_res or None, H_pre)
-    return x_next + u
+        launch.refill(s, x, y, biases, H_post, H_res or None, H_pre, weights, x_next, u)
 
 
 @refill_op.register_fake
-def _(x, y, H_post, H_res, H_pre):
-    return [torch.empty_like(x) for _ in y] + [torch.empty_like(t) for t in y]
+def _(x, y, y_bias, H_post, H_res, H_pre, norm_weight, x_next, u):
+    return None
 
 
 def _bias_grad(dy: Tensor, y_bias: Tensor | None) -> Tensor | None:
@@ -194,7 +194,7 @@ def _pre_context(ctx, inputs, output) -> None:
     x, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps = inputs
     ctx.set_materialize_grads(False)
     ctx.options = variant, iterations, norm_eps
-    ctx.save_for_backward(x, phi, alpha, bias, norm_weight, *output[3:])
+    ctx.save_for_backward(x, phi, alpha, bias, norm_weight, *output[3:6])
 
 
 def _pre_backward(ctx, du, dH_post, dH_res, *unused):
@@ -220,7 +220,7 @@ def _post_pre_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.options = variant, iterations, norm_eps
     x_next = output[0]
-    ctx.save_for_backward(*streams, x_next, *parameters, *output[4:])
+    ctx.save_for_backward(*streams, x_next, *parameters, *output[4:7])
 
 
 def _post_pre_backward(ctx, g, du, dH_post, dH_res, *unused):
@@ -277,8 +277,9 @@ class Enter(torch.autograd.Function):
         inputs = (x, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps)
         output = pre_op(*inputs)
         _pre_context(ctx, inputs, output)
-        return (x.view_as(x), *output[:3])
+        ctx.mark_non_differentiable(output[6])
+        return (x.view_as(x), *output[:3], output[6])
 
     @staticmethod
-    def backward(ctx, g, du, dH_post, dH_res):
+    def backward(ctx, g, du, dH_post, dH_res, _):
         return _pre_gradients(ctx, g, du, dH_post, dH_res)

@@ -97,8 +97,8 @@ def sum_of_squares(
 @triton.jit(do_not_specialize=["T", "parts"])
 def read_kernel(
     x_ptr, projected_ptr, gram_parts_ptr, alpha_ptr, bias_ptr, permutations_ptr, norm_weight_ptr,
-    u_ptr, H_post_ptr, H_res_ptr, p_ptr, inverse_rms_ptr, gram_ptr, T, parts, eps, norm_eps,
-    n: tl.constexpr, C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, R: tl.constexpr,
+    u_ptr, H_post_ptr, H_res_ptr, p_ptr, inverse_rms_ptr, gram_ptr, H_pre_ptr, T, parts, eps,
+    norm_eps, n: tl.constexpr, C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, R: tl.constexpr,
     RP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, VARIANT: tl.constexpr,
     ITERATIONS: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -118,6 +118,8 @@ def read_kernel(
         H_pre *= read_scale(
             gram_parts_ptr, gram_ptr, H_pre, rows, mask, parts, part_rows, norm_eps, n, C
         )[:, None]
+    at_pre = rows[:, None] * n + tl.arange(0, n)[None, :]
+    tl.store(H_pre_ptr + at_pre, H_pre, mask=mask[:, None])
     weights = ()
     for i in tl.static_range(n):
         weights = weights + (column_of(H_pre, i, n)[:, None],)

@@ -181,11 +181,14 @@ def mhc_pre(
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
     sinkhorn_kind: str = "paper",
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    with_H_pre: bool = False,
+) -> tuple[Tensor, ...]:
     """F_pre: coefficients and u = H_pre x.
 
     Returns u [..., C] in x's dtype, H_post and H_res in float32 (float64 for a float64 x). With
     ``norm_weight`` [C], u is RMSNorm(H_pre x) * norm_weight, the sublayer's own input norm.
+    ``with_H_pre`` adds H_pre [..., n], detached, for ``mhc_refill``; it carries the norm's 1 / rms
+    where there is one.
     """
     H_pre, H_post, H_res = coefficients(
         x,
@@ -197,10 +200,12 @@ def mhc_pre(
         eps=eps,
         sinkhorn_kind=sinkhorn_kind,
     )
-    u = torch.einsum("...n,...nc->...c", H_pre, _wide(x))
+    u = _mix(H_pre, x)
     if norm_weight is not None:
-        u = u * torch.rsqrt(u.square().mean(dim=-1, keepdim=True) + norm_eps) * norm_weight
-    return u.to(x.dtype), H_post, H_res
+        inverse = torch.rsqrt(u.square().mean(dim=-1, keepdim=True) + norm_eps)
+        u, H_pre = u * inverse * norm_weight, H_pre * inverse
+    read = u.to(x.dtype), H_post, H_res
+    return (*read, H_pre.detach()) if with_H_pre else read
 
 
 def mhc_enter(
@@ -254,19 +259,44 @@ def mhc_refill(
     H_post: list[Tensor],
     H_res: list[Tensor] | list[None],
     H_pre: list[Tensor],
+    *,
+    y_bias: list[Tensor | None] | None = None,
+    norm_weight: list[Tensor | None] | None = None,
+    out: tuple[list[Tensor], list[Tensor]] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The streams after every sublayer of a block and what the next one reads, Eq. (20).
 
-    x [..., n, C] enters the block; sublayer l ends with ``mhc_post`` (y[l], H_post[l], H_res[l]),
-    and the next reads with H_pre[l] [..., n]. Returns lists of x_next [..., n, C] and u [..., C].
+    x [..., n, C] enters the block; sublayer l ends with ``mhc_post`` (y[l], H_post[l], H_res[l],
+    y_bias[l]), and the next reads with H_pre[l] [..., n]. Returns lists of x_next [..., n, C] and u
+    [..., C], copied to ``out`` where given. One H_pre more than y: the first reads x itself.
+    ``norm_weight``: of the norm that a read carries (``mhc_pre``), or None.
     """
-    streams, reads = [], []
-    for y_l, post, res, read in zip(y, H_post, H_res or [None] * len(y), H_pre, strict=True):
-        x = mhc_post(x, y_l, post, res)
-        wide = _wide(x)
+    ahead, absent = len(H_pre) - len(y), [None] * len(y)
+    weights = norm_weight or [None] * len(H_pre)
+    streams, reads = [], [_read(*of, x) for of in zip(H_pre[:ahead], weights, strict=False)]
+    for y_l, post, res, bias, pre, weight in zip(
+        y, H_post, H_res or absent, y_bias or absent, H_pre[ahead:], weights[ahead:], strict=True
+    ):
+        x = mhc_post(x, y_l, post, res, bias)
         streams.append(x)
-        reads.append(torch.einsum("...n,...nc->...c", read.to(wide.dtype), wide).to(x.dtype))
-    return streams, reads
+        reads.append(_read(pre, weight, x))
+    if out is None:
+        return streams, reads
+    for target, value in zip((*out[0], *out[1]), (*streams, *reads), strict=True):
+        target.copy_(value)
+    return out
+
+
+def _read(H_pre: Tensor, norm_weight: Tensor | None, x: Tensor) -> Tensor:
+    """u of a refill; H_pre carries 1 / rms where there is a norm's weight."""
+    u = _mix(H_pre, x)
+    return (u if norm_weight is None else u * norm_weight).to(x.dtype)
+
+
+def _mix(H_pre: Tensor, x: Tensor) -> Tensor:
+    """H_pre x in float32 or wider."""
+    wide = _wide(x)
+    return torch.einsum("...n,...nc->...c", H_pre.to(wide.dtype), wide)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Block] = {
     "phi_grad": Block(BT=64, BC=64, warps=4, stages=4, split=8),
     "boundary_grad": Block(BT=64, BC=16, warps=4, stages=3, split=16),
     "boundary_grad_hopper": Block(BT=32, BC=32, warps=4, stages=3, split=16),
+    "post_grad_hopper": Block(BT=32, BC=32, warps=4, stages=3, split=16),
     "project_hopper": Block(BT=64, BC=64, warps=8, stages=3, split=8),
     "refill": Block(BT=8, BC=256, warps=4, stages=1),
 }

@@ -184,6 +184,11 @@ def _rank(function: str, rank: int, world: int, folder: str, job: dict[str, Any]
     except BaseException:
         pipe.send((True, traceback.format_exc()))
     pipe.close()
+    # A saved checkpoint leaves the server of Megatron's results queue (core/dist_checkpointing/
+    # strategies/filesystem_async.py:53), 300 MB each: without this it would outlive the rank.
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
     os._exit(0)
 
 

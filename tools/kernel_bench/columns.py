@@ -23,7 +23,7 @@ from .case import DTYPES, Case, Params
 
 #: u, H_post, H_res as ``pre`` returns them, in the column's layout.
 PreOutputs = tuple[Tensor, Tensor, Tensor | None]
-#: x_next, u, H_post', H_res' as ``post_pre`` returns them.
+#: x_next, u, H_post', H_res' as ``post_pre`` returns them; ``enter`` hands x on in its place.
 BoundaryOutputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 #: The parameters of one sublayer, as the column takes them.
 NativeParams = tuple[Tensor, ...]
@@ -50,9 +50,9 @@ class Column(ABC):
     def post(self, x: Tensor, y: Tensor, H_post: Tensor, H_res: Tensor | None) -> Tensor:
         """F_post,res: x_next."""
 
-    def chain_pre(self, x: Tensor, params: NativeParams) -> PreOutputs:
-        """``pre`` where a ``post`` on the same x follows; some share x's gradient only there."""
-        return self.pre(x, params)
+    def enter(self, x: Tensor, params: NativeParams) -> BoundaryOutputs:
+        """``pre`` where a ``post`` on the same x follows; then x has two uses."""
+        return x, *self.pre(x, params)
 
     def native(self, role: str, value: Tensor) -> Tensor:
         """``value`` of role x, y (also u), H_post or H_res, into the column's layout."""
@@ -79,14 +79,21 @@ class EquationColumn(Column):
         functions: tuple[Callable, Callable, Callable],
         variant: str,
         note: str = "",
+        enter: Callable | None = None,
     ) -> None:
         super().__init__(name, version, note)
         self._pre, self._post, self._post_pre = functions
+        self._enter = enter
         self._options = {"variant": variant}
         self.post_pre = self._boundary
 
     def pre(self, x: Tensor, params: NativeParams) -> PreOutputs:
         return self._pre(x, *params, **self._options)
+
+    def enter(self, x: Tensor, params: NativeParams) -> BoundaryOutputs:
+        if self._enter is None:
+            return super().enter(x, params)
+        return self._enter(x, *params, **self._options)
 
     def post(self, x: Tensor, y: Tensor, H_post: Tensor, H_res: Tensor | None) -> Tensor:
         return self._post(x, y, H_post, H_res)
@@ -146,7 +153,7 @@ class TileKernelsColumn(Column):
         comb = self._ops.sinkhorn_normalize(comb, repeat=reference.ITERATIONS, eps=1e-6)
         return self._ops.mhc_pre_apply_mix(x, H_pre), H_post, comb
 
-    def chain_pre(self, x: Tensor, params: NativeParams) -> PreOutputs:
+    def enter(self, x: Tensor, params: NativeParams) -> BoundaryOutputs:
         """The public ``mhc_pre``: its backward adds into the gradient that post's has made."""
         u, (H_post, comb) = self._module.mhc_pre(
             x,
@@ -156,7 +163,7 @@ class TileKernelsColumn(Column):
             pre_eps=0.0,
             sinkhorn_repeat=reference.ITERATIONS,
         )
-        return u, H_post, comb
+        return x, u, H_post, comb
 
     def post(self, x: Tensor, y: Tensor, H_post: Tensor, H_res: Tensor | None) -> Tensor:
         return self._ops.mhc_post(y, x, H_post, H_res)
@@ -220,7 +227,8 @@ def _ours(case: Case, device: torch.device) -> Column:
     fused = exported and mhc_kernels.supported(stream)
     note = "" if fused else "no kernels for this device or case: these are the eager equations"
     functions = tuple(getattr(mhc_kernels if fused else reference, name) for name in names)
-    return EquationColumn("ours", _version("mhc-megatron"), functions, case.variant, note)
+    enter = mhc_kernels.mhc_enter if fused else None
+    return EquationColumn("ours", _version("mhc-megatron"), functions, case.variant, note, enter)
 
 
 def _eager(case: Case, device: torch.device) -> Column:

@@ -151,11 +151,11 @@ def _shape_table(shape: ShapeResult) -> str:
             f"{shape.floor('chain'):.3f} ms; an empty graph {shape.empty_graph:.4f} ms"
         )
     present = [column for column in shape.columns if column.absent is None]
-    lines += _align(_summary_rows(shape, present))
+    lines += align(_summary_rows(shape, present))
     lines += ["", "parts, ms (of their own floor)"]
-    lines += _align(_part_rows(shape, present))
+    lines += align(_part_rows(shape, present))
     lines += ["", "relative Frobenius errors against float64"]
-    lines += _align(_error_rows(present))
+    lines += align(_error_rows(present))
     for column in shape.columns:
         if column.note:
             lines.append(f"note: {column.name}: {column.note}")
@@ -215,7 +215,8 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f} %"
 
 
-def _align(rows: list[list[str]]) -> list[str]:
+def align(rows: list[list[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(

@@ -97,14 +97,14 @@ class Chain:
     def forward(self) -> tuple[Tensor, list[Tensor]]:
         """x after the last sublayer, and every x and u on the way."""
         column, x = self.column, self.x
-        u, H_post, H_res = column.chain_pre(x, self.params[0])
+        x, u, H_post, H_res = column.enter(x, self.params[0])
         passed = [x, u]
         for params in self.params[1:]:
             if column.post_pre is not None:
                 x, u, H_post, H_res = column.post_pre(x, u, H_post, H_res, params)
             else:
                 x = column.post(x, u, H_post, H_res)
-                u, H_post, H_res = column.chain_pre(x, params)
+                x, u, H_post, H_res = column.enter(x, params)
             passed += [x, u]
         return column.post(x, u, H_post, H_res), passed
 

@@ -1,0 +1,59 @@
+"""A run's surroundings: packages that Megatron fuses with, torchrun's variables, the terminal."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from mhc_megatron.apex import can_fuse_weight_gradients
+
+
+def fusions(megatron: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for what Megatron fuses by default and has no package or kernel for here.
+
+    ``megatron``: the run's own arguments.
+    """
+    values: dict[str, Any] = {}
+    if importlib.util.find_spec("transformer_engine") is None:
+        values |= {
+            "transformer-impl": "local",
+            "no-persist-layer-norm": True,
+            "no-masked-softmax-fusion": True,
+            "no-rope-fusion": True,
+        }
+    if megatron.get("multi-latent-attention") and megatron.get("rope-type", "yarn") != "yarn":
+        values["no-rope-fusion"] = True  # transformer_config.py:2966
+    if not can_fuse_weight_gradients():
+        values["no-gradient-accumulation-fusion"] = True
+    return values
+
+
+def single_process() -> None:
+    """What torchrun would set, for one process started without it."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def redirect_output(path: str) -> TextIO:
+    """Send this process's standard output and error to ``path``; returns the old standard output.
+
+    Megatron prints some hundred lines before the first step; a terminal is for the live line.
+    """
+    console = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    sys.stdout.flush()
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.write(log, f"\n=== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n".encode())
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    os.close(log)
+    return console

@@ -1,0 +1,354 @@
+"""The training bench on a CPU: its slice, its arithmetic, its files, its refusals.
+
+Times are not tested. What a GPU did is tested on traces made here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import bench_training  # noqa: E402
+from kernel_bench.timing import Times  # noqa: E402
+from training_bench import classes, columns, trace  # noqa: E402
+
+from mhc_megatron.config import MHCConfig  # noqa: E402
+from mhc_megatron.counting import Flops  # noqa: E402
+from mhc_megatron.errors import UserError  # noqa: E402
+
+TINY = str(ROOT / "configs" / "tiny.yaml")
+SMALL = (
+    "hidden-size=32", "ffn-hidden-size=64", "num-attention-heads=2", "seq-length=32",
+    "max-position-embeddings=32",
+)  # fmt: skip
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_a_run_writes_table_json_and_plot(tmp_path):
+    out = tmp_path / "out"
+    words = ["--config", TINY, "--layers", "2", "--tokens", "64", "--steps", "2"]
+    words += ["--variants", "none,mhc:n=2,hc", "--optimizer", "--out", str(out)]
+    words += ["--precision", "fp32,bf16", "--json", str(tmp_path / "copy.json")]
+    for change in SMALL:
+        words += ["--set", change]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "tools" / "bench_training.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    log = out / "rank-0.log"
+    assert done.returncode == 0, done.stdout + done.stderr + log.read_text()[-3000:]
+    assert {path.name for path in out.iterdir()} == {*columns.FILES, "rank-0.log"}
+    assert (out / columns.FILES[0]).read_text() in done.stdout
+    assert (out / columns.FILES[2]).read_bytes().startswith(b"\x89PNG")
+    found = json.loads((out / columns.FILES[1]).read_text())
+    assert found == json.loads((tmp_path / "copy.json").read_text())
+    assert (found["layers"], found["full_layers"]) == (2, 4)
+    assert [group["precision"] for group in found["groups"]] == ["fp32", "bf16"]
+    for group in found["groups"]:
+        none, mhc, hc = group["columns"]
+        assert [c["label"] for c in (none, mhc, hc)] == ["none", "mhc:n=2", "hc"]
+        assert none["overhead"] == {"step": None, "kernels": None, "layers": None}
+        step = mhc["step_ms"]["median"] / none["step_ms"]["median"] - 1
+        assert mhc["overhead"]["step"] == pytest.approx(step)
+        assert none["connection_parameters"] == 0
+        # 2 layers x 2 sublayers x (K n C + K + 3), K = n^2 + 2n
+        assert mhc["connection_parameters"] == 4 * (8 * 2 * 32 + 8 + 3)
+        assert mhc["parameters"] - none["parameters"] == mhc["connection_parameters"]
+        assert mhc["flops_per_token"]["model"] == none["flops_per_token"]["model"]
+        assert hc["flops_per_token"]["connections"] > mhc["flops_per_token"]["connections"] > 0
+        for column in (none, mhc, hc):
+            rate = 1e3 * 64 / column["step_ms"]["median"]
+            assert column["tokens_per_s"] == pytest.approx(rate)
+            tflops = column["flops_per_token"]["model"] * rate / 1e12
+            assert column["model_tflops"] == pytest.approx(tflops)
+            assert column["mfu"] is None and column["profile"] is None and not column["failed"]
+            # 257 symbols; same tokens and weights in every column, and the optimizer has stepped.
+            assert 4.0 < column["loss"] < 5.6
+
+
+#: Name -> (arguments behind the configuration, what the sentence says).
+BAD = {
+    "unknown variant": (["--variants", "none,mch"], "variant must be one of"),
+    "unknown mhc key": (["--variants", "mhc:m=2"], "unknown key 'm'"),
+    "no value": (["--variants", "mhc:n"], "name:key=value"),
+    "twice": (["--variants", "mhc,mhc"], "same column twice"),
+    "no variant": (["--variants", ","], "names no column"),
+    "unknown precision": (["--precision", "fp4"], "'fp4' is not one of"),
+    "fp8 without a GPU": (["--precision", "fp8-blockwise"], "needs a CUDA GPU"),
+    "unknown peer": (["--peer", "liger"], "'liger' is not one of transformer-engine"),
+    "peer without a GPU": (["--peer", "transformer-engine"], "needs a CUDA GPU"),
+    "too many layers": (["--layers", "5"], "--layers must be from 1 to 4, not 5"),
+    "no layers": (["--layers", "0"], "at least 1"),
+    "layers twice": (["--layers", "2", "--set", "num-layers=2"], "the same thing twice"),
+    "tokens": (["--tokens", "300"], "--tokens must be a multiple of"),
+    "profile": (["--profile-steps", "-1"], "--profile-steps must not be negative"),
+    "recompute": (["--recompute", "[maybe"], "no valid value"),
+    "set": (["--set", "n"], "--set takes key=value"),
+    "json": (["--json", "/no/such/folder/x.json"], "does not exist"),
+    "graphs": (["--set", "cuda-graph-impl=full_iteration"], "cuda-graph-impl full_iteration"),
+    "pipeline": (["--set", "pipeline-model-parallel-size=2"], "--layers takes a slice"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence(name, tmp_path, capsys, monkeypatch):
+    words, said = BAD[name]
+    if name.endswith("without a GPU") and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    out = tmp_path / "out"
+    try:
+        code = bench_training.main(["--config", TINY, "--out", str(out), *words])
+    except SystemExit as error:
+        code = error.code
+    heard = capsys.readouterr()
+    assert code == 2 and said in heard.err + heard.out
+    assert len((heard.err + heard.out).strip().splitlines()) == 1
+    assert not out.exists()
+
+
+def test_results_are_not_written_over(tmp_path, capsys):
+    (tmp_path / columns.FILES[1]).write_text("{}")
+    assert bench_training.main(["--config", TINY, "--out", str(tmp_path)]) == 2
+    assert "already holds" in capsys.readouterr().err
+
+
+# --- the slice -----------------------------------------------------------------------------------
+
+
+def cut(name: str, *changes: str, layers: int | None = 4, tokens: int | None = 16384):
+    return columns.cut(str(ROOT / "configs" / f"{name}.yaml"), list(changes), layers, tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "pattern"),
+    [
+        ("mhc-27b", 4, "([0]*1+[1]*3)"),
+        ("mhc-27b", 1, "([0]*0+[1]*1)"),
+        ("deepseek-v3-671b", 4, "([0]*1+[1]*3)"),
+        ("deepseek-v3-671b", 40, "([0]*2+[1]*38)"),
+        ("dense-8b", 4, None),
+    ],
+)
+def test_a_slice_keeps_the_shares_of_its_layers(name, layers, pattern):
+    part = cut(name, layers=layers)
+    values = part.settings.megatron
+    assert values.get("moe-layer-freq") == pattern and values["num-layers"] == layers
+    assert values["micro-batch-size"] * values["seq-length"] == 16384 == part.tokens
+    assert values["pipeline-model-parallel-size"] == 1
+    assert values.get("mtp-num-layers") is None
+    assert values["tensor-model-parallel-size"] == 1
+
+
+def test_what_is_set_stays_as_it_is_set():
+    part = cut("deepseek-v3-671b", "mtp-num-layers=1", "moe-layer-freq='[1]*4'", "num-experts=16")
+    values = part.settings.megatron
+    assert (values["mtp-num-layers"], values["num-experts"]) == (1, 16)
+    assert values["moe-layer-freq"] == "[1]*4"
+
+
+def test_the_layout_is_what_the_gpus_hold(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    values = cut("mhc-27b").settings.megatron
+    assert values["expert-model-parallel-size"] == 4 and values["tensor-model-parallel-size"] == 1
+    assert cut("dense-8b").settings.megatron["tensor-model-parallel-size"] == 2
+    assert cut("dense-8b").settings.megatron["sequence-parallel"] is True
+
+
+def test_columns_take_turns_by_precision():
+    found = columns.columns(
+        ["none", "mhc:kernels=reference"], ["bf16", "fp8-current"], ["transformer-engine"], {"n": 4}
+    )
+    assert [(c.label, c.precision) for c in found] == [
+        (label, precision)
+        for precision in ("bf16", "fp8-current")
+        for label in ("none", "mhc:kernels=reference", "transformer-engine")
+    ]
+    assert found[1].mhc == MHCConfig(kernels="reference") and found[2].peer
+    with pytest.raises(UserError, match="unknown key"):
+        columns.columns(["mhc:recomputes=1"], ["bf16"], [], {})
+
+
+# --- the trace -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_TNT", "GEMM"),
+        ("nvjet_qqtst_128x256_128x4_2x1_v_bz_TNT", "GEMM"),
+        ("sm90_xmma_gemm_f32f32_tf32f32_f32_tn_n_tilesize128x128x32", "GEMM"),
+        ("void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...>>", "GEMM"),
+        (
+            "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x192",
+            "attention",
+        ),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob", "attention"),
+        ("_permute_kernel", "MoE permute"),
+        ("_unpermute_bwd_with_merging_probs_kernel", "MoE permute"),
+        ("_row_id_map_pass_1_kernel", "MoE permute"),
+        ("_sort_chunks_by_map_kernel", "MoE permute"),
+        ("void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>", "MoE permute"),
+        (
+            "void transformer_engine::fused_topk_with_score_function_forward_kernel<float>",
+            "MoE permute",
+        ),
+        (
+            "void transformer_engine::detail::cast_transpose_fused_kernel_notaligned<false>",
+            "quantise",
+        ),
+        ("void transformer_engine::(anonymous namespace)::block_scaled_1d_cast", "quantise"),
+        ("void transformer_engine::normalization::rmsnorm_fwd_tuned_kernel<...>", "norm"),
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+         "communication"),
+        ("boundary_grad_hopper_kernel", "mHC backward"),
+        ("logits_grad_kernel", "mHC backward"),
+        ("phi_grad_kernel", "mHC backward"),
+        ("post_project_hopper_kernel", "mHC forward"),
+        ("post_kernel", "mHC forward"),
+        ("read_kernel", "mHC forward"),
+        ("split_phi_kernel", "mHC forward"),
+        ("refill_kernel", "mHC refill"),
+        ("_mhc_projection_bwd_fused_dphi", "mHC backward"),
+        ("_mhc_sinkhorn_fwd_fused_recompute", "mHC forward"),
+        ("Memcpy DtoD (Device -> Device)", "memory"),
+        ("Memset (Device)", "memory"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>",
+         "other"),
+    ],
+)  # fmt: skip
+def test_kernels_have_classes(kernel, name):
+    assert classes.class_of(kernel) == name
+
+
+def test_every_kernel_of_ours_has_a_class_of_ours():
+    """The table follows kernels/mhc_kernels: no launch of it may count as another's."""
+    import re
+
+    jit = re.compile(r"^@\w+\.jit.*\ndef (\w+_kernel)\(", re.MULTILINE)
+    sources = (ROOT / "kernels" / "mhc_kernels").glob("*.py")
+    names = {name for source in sources for name in jit.findall(source.read_text())}
+    assert len(names) > 8
+    assert not {name for name in names if not classes.class_of(name).startswith("mHC")}
+
+
+def test_the_classes_of_the_table_are_all_shown():
+    assert set(classes.NAMES) == {*classes.CLASSES, classes.OTHER}
+
+
+def event(
+    cat: str, name: str, ts: float, dur: float, correlation: int = 0, stream: int = 7
+) -> dict:
+    return {
+        "ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "pid": 0, "tid": stream,
+        "args": {"correlation": correlation},
+    }  # fmt: skip
+
+
+EVENTS = [
+    event("cuda_runtime", "cudaLaunchKernel", 0, 5, 1),
+    event("cuda_runtime", "cudaLaunchKernelExC", 10, 5, 2),
+    event("cuda_driver", "cuLaunchKernelEx", 20, 5, 3),
+    event("cuda_runtime", "cudaStreamSynchronize", 30, 500),
+    event("kernel", "nvjet_hsh_x", 7, 300, 1),  # 2 us after its launch: the queue was empty
+    event("kernel", "post_kernel", 307, 100, 2),  # long after: it stood in the queue
+    event("kernel", "post_kernel", 357, 100, 3, stream=8),  # half beside the one before
+    event("gpu_memcpy", "Memcpy DtoH (Device -> Pageable)", 1000, 50, 4),
+    {"ph": "i", "cat": "kernel", "name": "an instant"},
+    event("cpu_op", "aten::mm", 0, 1000),
+]
+
+
+def test_a_trace_adds_up(tmp_path):
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": EVENTS}))
+    found = trace.read(path)
+    assert found.kernel_ms == pytest.approx(0.55)
+    assert found.busy_ms == pytest.approx(0.5)
+    assert (found.launches, found.waits) == (4, 1)
+    assert found.at_once == pytest.approx(1 / 3)
+    assert found.classes == pytest.approx({"GEMM": 0.3, "mHC forward": 0.2, "memory": 0.05})
+
+
+def test_a_dependent_launch_is_counted_from_the_end_of_the_one_before():
+    project = event("kernel", "post_project_hopper_kernel", 0, 100)
+    read = event("kernel", "read_kernel", 10, 130)  # on the GPU since 10, at work since 100
+    within = event("kernel", "split_phi_kernel", 20, 30)
+    found = trace.activity([read, within, project])
+    assert found.names["read_kernel"] == pytest.approx(0.04)
+    assert found.names["split_phi_kernel"] == 0
+    assert found.kernel_ms == found.busy_ms == pytest.approx(0.14)
+
+
+def test_the_union_of_intervals():
+    assert trace.union([(0, 2), (1, 3), (5, 6), (5, 5.5)]) == pytest.approx(4)
+    assert trace.union([]) == 0
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def results_of(step_ms: float, kernel_ms: float, label: str, **activity):
+    from training_bench.measure import Measured
+    from training_bench.results import Result
+
+    values = {"busy_ms": kernel_ms, "launches": 10, "waits": 0, "at_once": 0.1} | activity
+    found = trace.Activity(kernel_ms=kernel_ms, classes={"GEMM": kernel_ms}, **values)
+    times = Times.of([step_ms])
+    column = columns.Column(label, "bf16", MHCConfig(variant=label))
+    return Result(
+        column, tokens=1000, flops=Flops(2e9, 0, 1e7), peak_tflops=100.0,
+        measured=Measured(times, times, 2**30, 5.0, [found]),
+    )  # fmt: skip
+
+
+def test_overheads_with_the_vocabulary_and_without():
+    from training_bench.results import Group, Run, table
+
+    none, mhc = results_of(50, 40, "none"), results_of(53, 42, "mhc")
+    group = Group("bf16", [none, mhc], vocabulary=20)
+    assert group.overhead(mhc) == pytest.approx({"step": 0.06, "kernels": 0.05, "layers": 0.1})
+    # 4 of 8 layers: the added 2 ms and the layers' 20 ms double, the vocabulary's 20 ms do not.
+    assert group.derived(mhc, 4, 8) == pytest.approx(4 / 60)
+    assert group.derived(mhc, 4, 4) is None
+    assert mhc.tokens_per_s == pytest.approx(1000 / 0.053)
+    assert mhc.mfu == pytest.approx(2e9 * mhc.tokens_per_s / 1e14)
+    text = table(Run({}, 4, 8, [group]))
+    assert "+10.00 % of the layers alone" in text and "derived, not measured: +6.67 %" in text
+
+
+@pytest.mark.parametrize(
+    ("activity", "kind", "said"),
+    [
+        ({"busy_ms": 48.0}, "gpu", "the GPU is the bottleneck (idle 4.0 %"),
+        ({"busy_ms": 40.0, "at_once": 0.9}, "host", "NOT bound by the GPU, which is idle 20.0 %"),
+        ({"busy_ms": 40.0, "waits": 7}, "waits", "waits for it 7 times a step"),
+    ],
+)
+def test_it_says_what_a_step_waits_for(activity, kind, said):
+    from training_bench.results import Group, Run, bottleneck, table
+
+    result = results_of(50, 60, "none", **activity)
+    assert bottleneck(result) == kind
+    assert said in table(Run({}, 4, 4, [Group("bf16", [result])]))
+
+
+def test_an_unknown_gpu_has_no_mfu():
+    from mhc_megatron.hardware import peak_tflops
+
+    assert peak_tflops("NVIDIA H200") == peak_tflops("NVIDIA H100 80GB HBM3") == 989.4
+    assert peak_tflops("NVIDIA H200", fp8=True) == 1978.9
+    assert peak_tflops("CPU") is None
+    result = results_of(50, 40, "none")
+    result.peak_tflops = None
+    assert result.mfu is None and result.tflops
