@@ -64,8 +64,8 @@ distributed-timeout-minutes: 1
 
 #: Seconds that an attempt may take to reach the moment to kill at.
 START_SECONDS = 1200.0
-#: Seconds that what was killed may take to be gone with everything it started.
-GONE_SECONDS = 20.0
+#: Seconds that what was killed may take to be gone with all it started; torchrun gives ranks 30.
+GONE_SECONDS = 60.0
 
 
 @dataclass
