@@ -352,3 +352,37 @@ def test_notes_are_read_back_in_order_and_cut_ones_left_out(tmp_path):
         (2, "second", None),
     ]
     assert faults.read(str(tmp_path), since=time.time() + 1) == []
+
+
+def test_stacks_on_request(tmp_path):
+    program = f"""
+import os, signal, sys
+sys.path[:0] = [{str(ROOT)!r}]
+from mhc_megatron import faults
+def here():
+    os.kill(os.getpid(), signal.SIGUSR2)
+faults.dump_stacks_when_asked()
+here()
+print("goes on")
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "goes on\n" and "in here" in result.stderr
+
+
+def test_a_stop_signal_that_comes_early_waits_and_children_do_not_die_of_it():
+    program = f"""
+import os, signal, subprocess, sys, time
+sys.path[:0] = [{str(ROOT)!r}]
+from mhc_megatron import faults
+faults.hold_stop_signal()
+os.kill(os.getpid(), signal.SIGUSR1)
+child = subprocess.Popen(["sleep", "30"])
+child.send_signal(signal.SIGUSR1)
+signal.signal(signal.SIGTERM, lambda *_: print("asked to stop", flush=True))
+faults.stop_when_asked()
+time.sleep(0.5)
+print(child.poll())
+child.kill()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.split("\n")[:2] == ["asked to stop", "None"], result.stderr
