@@ -4,8 +4,9 @@
     launch/pretrain.py --config configs/tiny.yaml --set train-iters=200 --set mhc.variant=hc
     torchrun --nproc-per-node 8 launch/pretrain.py --config configs/mhc-3b.yaml
 
-Without a GPU it runs on the CPU (gloo). Ctrl-C or SIGTERM saves and ends with exit code 0; the
-same command goes on from there.
+Without a GPU it runs on the CPU (gloo). Ctrl-C, SIGTERM or SIGUSR1 saves and ends with exit code 0;
+the same command goes on from there. SIGUSR2 prints the stacks of all threads. Why a rank ended in
+another way is noted in the run's faults.jsonl; launch/supervise.py starts it again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import signal
 import sys
 import traceback
 from typing import Any, TextIO
@@ -27,6 +27,12 @@ for _path in (os.path.join(_ROOT, "kernels"), _ROOT):
     if _path not in sys.path:
         sys.path.insert(0, _path)
 
+from mhc_megatron import faults  # noqa: E402
+
+if __name__ == "__main__":  # before torch, whose threads inherit what is set here
+    faults.die_with_launcher()
+    faults.hold_stop_signal()
+
 from launch.environment import fusions, redirect_output, single_process  # noqa: E402
 from launch.settings import Settings, load, parse  # noqa: E402
 from mhc_megatron.errors import UserError  # noqa: E402
@@ -34,26 +40,63 @@ from mhc_megatron.errors import UserError  # noqa: E402
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    console = sys.stdout
+    console, run_dir = sys.stdout, ""
     try:
         settings = load(options.config, options.set)
-        if options.run_dir:
-            settings.run.dir = options.run_dir
-        console = _prepare_output(settings.run.dir, options.verbose)
+        settings.run.dir = options.run_dir or settings.run.dir
+        run_dir = settings.run.dir
+        console = _prepare_output(run_dir, options.verbose)
         _run(settings, console)
         return 0
     except UserError as error:
         _say(console, f"error: {error}")
-        return 2
+        return _ended(run_dir, 2, str(error))
     except SystemExit as error:
-        return int(error.code or 0)
+        code = int(error.code or 0)
+        return _ended(run_dir, code, _MEGATRON_EXITS.get(code, f"exit code {code}"))
     except KeyboardInterrupt:
         _say(console, "interrupted before a checkpoint could be saved")
         return 130
-    except Exception as error:  # the traceback goes to the log, one line to the terminal
-        traceback.print_exc()
-        _say(console, f"error: {type(error).__name__}: {error} (see {_log_path(settings.run.dir)})")
-        return 1
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        traceback.print_exc()  # to the log; one line to the terminal
+        said = f"{type(error).__name__}: {error}"
+        _say(console, f"error: {said.splitlines()[0]} (see {_log_path(run_dir)})")
+        full = faults.is_full_disk(error) or faults.cannot_write(_checkpoints())
+        return _ended(run_dir, 1, said, full_disk=full)
+
+
+_MEGATRON_EXITS = {
+    faults.EXIT_RERUN_ELSEWHERE: "a bad result came twice on this GPU: to be tried on another one",
+    faults.EXIT_BAD_RESULT: "a bad result: the rerun machine's verdict is in the rank's log",
+}
+
+
+def _ended(run_dir: str, code: int, reason: str, full_disk: bool = False) -> int:
+    """Note why this rank ends with ``code`` where it was not asked to; returns ``code``."""
+    if code and os.path.isdir(run_dir):
+        bad = code in _MEGATRON_EXITS or "Unexpected result" in reason
+        faults.note(run_dir, code, reason, _iteration(), bad_result=bad, full_disk=full_disk)
+    return code
+
+
+def _iteration() -> int | None:
+    """The iteration that was being trained; None before the first."""
+    current = getattr(_megatron_args(), "curr_iteration", None)
+    return None if current is None else current + 1
+
+
+def _checkpoints() -> str | None:
+    """The folder that the run saves into."""
+    return getattr(_megatron_args(), "save", None)
+
+
+def _megatron_args() -> argparse.Namespace | None:
+    """Megatron's arguments, where the run came that far."""
+    if "megatron.training" not in sys.modules:
+        return None
+    from megatron.training import global_vars
+
+    return global_vars._GLOBAL_ARGS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,7 +127,9 @@ def _run(settings: Settings, console: TextIO | None) -> None:
     from mhc_megatron import cpu
 
     single_process()
+    faults.dump_stacks_when_asked()
     values = _defaults(settings) | settings.megatron
+    values |= _bad_results(settings)
     if cpu.enabled() or not torch.cuda.is_available():
         cpu.enable()
         values |= cpu.ARGUMENTS
@@ -97,14 +142,27 @@ def _run(settings: Settings, console: TextIO | None) -> None:
 
     check_arguments(args)
     decay_in_steps(settings.run.lr_steps, args)
-    _save_on_interrupt()
+    if settings.run.data_loader == "dali":
+        from mhc_megatron import dali
+
+        dali.install()
+    faults.stop_when_asked()
+    faults.guard_checkpoint_writer()
     seen = console if args.rank == args.world_size - 1 else None
-    observer = Observer(
-        settings.run.dir, settings.run.name, settings.mhc, settings.run.stability_interval, seen
-    )
+    observer = Observer(settings.run, settings.mhc, seen)
     observer.attach()
-    pretrain(args, settings.mhc)
+    pretrain(args, settings.mhc, say=observer.say)
     observer.exit()
+
+
+def _bad_results(settings: Settings) -> dict[str, Any]:
+    """Megatron's arguments for the run's policy on a NaN in the loss or the gradient."""
+    skipped = faults.skipped_iterations(settings.run.dir)
+    if settings.run.bad_loss != "skip" and not skipped:
+        return {}
+    given = settings.megatron.get("iterations-to-skip") or []
+    # The rerun machine's own checkpoint would bring the bad iteration back.
+    return {"rerun-mode": "disabled", "iterations-to-skip": [*given, *skipped] or None}
 
 
 def _defaults(settings: Settings) -> dict[str, Any]:
@@ -116,6 +174,7 @@ def _defaults(settings: Settings) -> dict[str, Any]:
         "load": checkpoints,
         "tensorboard-dir": os.path.join(run, "tensorboard"),
         "data-cache-path": os.path.join(run, "data-cache"),
+        "wandb-save-dir": os.path.join(run, "wandb"),
         "save-interval": 1000,
         "eval-interval": 1000,
         "exit-signal-handler": True,
@@ -142,16 +201,6 @@ def _prepare_output(run_dir: str, verbose: bool) -> TextIO:
 
 def _log_path(run_dir: str) -> str:
     return os.path.join(run_dir, "logs", f"rank-{os.environ.get('RANK', '0')}.log")
-
-
-def _save_on_interrupt() -> None:
-    """Ctrl-C asks for what SIGTERM asks for: save and end. A second one ends at once."""
-
-    def interrupt(signum, frame):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    signal.signal(signal.SIGINT, interrupt)
 
 
 def _say(console: TextIO, line: str) -> None:

@@ -35,6 +35,16 @@ class RunSettings:
         stability_interval: steps between stability records; 0 for none.
         gpus: GPUs that the parallel layout was chosen for; tools/plan.py's default, 0 where the
             file does not say. A run may have any number that the layout divides.
+        bad_loss: what to do about a NaN or infinity in the loss or gradient. ``stop``: Megatron's
+            rerun machine tries the step again, in place and then elsewhere, and ends the run.
+            ``skip``: the run ends at once; when the same iteration was bad twice,
+            launch/supervise.py leaves it out.
+        data_loader: ``megatron``, or ``dali`` for the same batches through an NVIDIA DALI pipeline.
+        hang_minutes: without a step, an evaluation or a save after which a rank prints its stacks
+            and ends; 0 for never.
+        prometheus: folder of a node exporter's textfile collector, for the last rank's metrics;
+            empty for none.
+        alarm_gain: composite gain above which an alarm is logged; 0 for none.
         lr_steps: the decay of the learning rate in steps, as ``mhc_megatron.schedule`` takes it:
             ``{0.8: 0.316, 0.9: 0.1}``.
     """
@@ -43,6 +53,11 @@ class RunSettings:
     dir: str = ""
     stability_interval: int = 100
     gpus: int = 0
+    bad_loss: str = "stop"
+    data_loader: str = "megatron"
+    hang_minutes: float = 30.0
+    prometheus: str = ""
+    alarm_gain: float = 0.0
     lr_steps: dict[float, float] = field(default_factory=dict)
 
 
@@ -137,10 +152,16 @@ def _run_settings(values: Mapping[str, Any]) -> RunSettings:
     for key, value in given.items():
         if key not in known:
             raise UserError(f"run: unknown key {key!r}{nearest(key, list(known))}")
-        if type(value) is not known[key]:
+        if known[key] is float and type(value) is int:
+            given[key] = float(value)
+        elif type(value) is not known[key]:
             raise UserError(f"run: {key} must be of type {known[key].__name__}, not {value!r}.")
     settings = RunSettings(**given)
-    for key in ("stability_interval", "gpus"):
+    for key, choices in (("bad_loss", ("stop", "skip")), ("data_loader", ("megatron", "dali"))):
+        if getattr(settings, key) not in choices:
+            said = " or ".join(choices)
+            raise UserError(f"run: {key} must be {said}, not {getattr(settings, key)!r}.")
+    for key in ("stability_interval", "gpus", "hang_minutes", "alarm_gain"):
         if getattr(settings, key) < 0:
             raise UserError(f"run: {key} must not be negative.")
     check_steps(settings.lr_steps)
@@ -160,10 +181,7 @@ def parse(values: Mapping[str, Any]) -> argparse.Namespace:
 
     if values.get("wandb-project") and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb-project: the package wandb is not installed (pip install wandb).")
-    # Megatron insists on one hardware queue where kernels must start in the order of their launch
-    # (tensor and context parallelism, before Blackwell), and on several where all-to-alls overlap.
-    overlap = values.get("overlap-moe-expert-parallel-comm")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32" if overlap else "1")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", device_connections(values))
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
     words = megatron_argv(values, parser)
     saved, sys.argv = sys.argv, [sys.argv[0], *words]
@@ -172,6 +190,15 @@ def parse(values: Mapping[str, Any]) -> argparse.Namespace:
             return parse_and_validate_args()
     finally:
         sys.argv = saved
+
+
+def device_connections(values: Mapping[str, Any]) -> str:
+    """CUDA_DEVICE_MAX_CONNECTIONS, hardware queues of a GPU, for a configuration.
+
+    Megatron insists on one queue where kernels must start in the order of their launch (tensor and
+    context parallelism, before Blackwell), and on several where all-to-alls overlap.
+    """
+    return "32" if values.get("overlap-moe-expert-parallel-comm") else "1"
 
 
 def megatron_argv(values: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[str]:

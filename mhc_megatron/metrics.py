@@ -187,6 +187,10 @@ class MetricsWriter:
         """Training goes on after this iteration; later records of the file are void."""
         self._append("resume", iteration=iteration, time=time.time(), path=path)
 
+    def alarm(self, *, iteration: int, gain: float, threshold: float) -> None:
+        """The composite gain of the mixing matrices has passed the run's threshold."""
+        self._append("alarm", sync=True, iteration=iteration, gain=gain, threshold=threshold)
+
     def exit(self, *, iteration: int, reason: str) -> None:
         """The run ends at this iteration, in an orderly way, for the reason given."""
         self._append("exit", sync=True, iteration=iteration, time=time.time(), reason=reason)

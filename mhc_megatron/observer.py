@@ -14,7 +14,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -28,32 +28,43 @@ from megatron.training.utils import is_last_rank
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.connection import HyperConnection
 from mhc_megatron.corpus import unigram_entropy
+from mhc_megatron.exporter import Exporter
+from mhc_megatron.faults import Watchdog
 from mhc_megatron.hardware import peak_tflops
 from mhc_megatron.metrics import MetricsWriter
 from mhc_megatron.stability import Monitor
+
+#: A field of a training record -> its metric.
+_PROMETHEUS = {
+    "iteration": "mhc_iteration",
+    "consumed_tokens": "mhc_consumed_tokens_total",
+    "loss": "mhc_loss_nats",
+    "grad_norm": "mhc_grad_norm",
+    "step_time_s": "mhc_step_time_seconds",
+    "tokens_per_s": "mhc_tokens_per_second",
+    "tflops": "mhc_tflops_per_gpu",
+    "mfu": "mhc_mfu_ratio",
+    "memory_gib": "mhc_memory_peak_gib",
+}
 
 
 class Observer:
     """Watches one run. Only the last rank, which knows the loss, writes.
 
     Args:
-        run_dir: metrics.jsonl is written there.
-        name: of the run, for the report.
+        run: the run's settings (``launch.settings.RunSettings``): its folder, where metrics.jsonl
+            is written, its name, the steps between stability records, the watchdog's minutes.
         mhc: the run's connections.
-        stability_interval: steps between stability records; 0 for none.
         console: where the live line goes; None for nowhere.
     """
 
-    def __init__(
-        self,
-        run_dir: str,
-        name: str,
-        mhc: MHCConfig,
-        stability_interval: int,
-        console: TextIO | None,
-    ) -> None:
-        self.run_dir, self.name, self.mhc = run_dir, name, mhc
-        self.stability_interval, self.console = stability_interval, console
+    def __init__(self, run: Any, mhc: MHCConfig, console: TextIO | None) -> None:
+        self.run_dir, self.name, self.mhc = run.dir, run.name, mhc
+        self.stability_interval, self.console = run.stability_interval, console
+        self.watchdog = Watchdog(run.hang_minutes)
+        self.prometheus, self.alarm_gain = run.prometheus, run.alarm_gain
+        self.exporter: Exporter | None = None
+        self._alarmed = False
         self.metrics: MetricsWriter | None = None
         self.monitor: Monitor | None = None
         self.iteration = 0
@@ -93,6 +104,8 @@ class Observer:
         except SystemExit:
             self.exit(_exit_reason(args))
             raise
+        finally:
+            self.watchdog.stop()
         return result
 
     def _train_step(self, original: Callable, *rest, **kwargs):
@@ -111,6 +124,7 @@ class Observer:
                 seconds=seconds,
             )
             self._tensorboard_gains(step, gains)
+            self._watch_gains(step, gains)
         return result
 
     def _training_log(
@@ -124,6 +138,7 @@ class Observer:
         **kwargs,
     ):
         args = get_args()
+        self.watchdog.progress()
         self.iteration = iteration
         if "lm loss" in loss_dict:
             self._losses.append(loss_dict["lm loss"].detach().float().reshape(-1)[:1])
@@ -134,6 +149,7 @@ class Observer:
 
     def _evaluate(self, original: Callable, *rest, **kwargs):
         result = original(*rest, **kwargs)
+        self.watchdog.progress()
         losses = (result[0] or {}).get("lm loss")
         # Megatron evaluates once more after the last step, on other batches of the same set.
         again, self._evaluated = self._evaluated == self.iteration, self.iteration
@@ -149,8 +165,11 @@ class Observer:
 
     def _save_checkpoint_and_time(self, original: Callable, iteration: int, *rest, **kwargs):
         result = original(iteration, *rest, **kwargs)
+        self.watchdog.progress()
         if self.metrics is not None:
             self.metrics.save(iteration=iteration, path=get_args().save)
+        if self.exporter is not None:
+            self.exporter.write({"mhc_checkpoint_iteration": iteration})
         return result
 
     # ------------------------------------------------------------------------------ what is written
@@ -171,6 +190,8 @@ class Observer:
             unigram_entropy=_entropy(args),
             world_size=args.world_size,
         )
+        if self.prometheus:
+            self.exporter = Exporter(self.prometheus, self.name)
         if args.iteration:
             self.metrics.resume(iteration=args.iteration, path=args.load)
             self._print(f"resumed at iteration {args.iteration:,}")
@@ -186,26 +207,47 @@ class Observer:
         flops = megatron_training.num_floating_point_operations(args, batch)
         tflops = flops / seconds / args.world_size / 1e12
         known = self.peak is not None
-        self.metrics.train(
-            iteration=iteration,
-            consumed_tokens=self._tokens(),
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            step_time_s=seconds,
-            tokens_per_s=batch * args.seq_length / seconds,
-            tflops=tflops,
-            mfu=tflops / self.peak if known else None,
-            memory_gib=torch.cuda.max_memory_allocated() / 2**30 or None,
-        )
-        left = self._remaining(seconds, args.train_iters - iteration)
         speed = batch * args.seq_length / seconds
+        record = {
+            "iteration": iteration,
+            "consumed_tokens": self._tokens(),
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "step_time_s": seconds,
+            "tokens_per_s": speed,
+            "tflops": tflops,
+            "mfu": tflops / self.peak if known else None,
+            "memory_gib": torch.cuda.max_memory_allocated() / 2**30 or None,
+        }
+        self.metrics.train(lr=lr, **record)
+        if self.exporter is not None:
+            self.exporter.write({_PROMETHEUS[key]: value for key, value in record.items()})
+        left = self._remaining(seconds, args.train_iters - iteration)
         self._live(
             f"iteration {iteration:>7,}/{args.train_iters:,}   loss {loss:7.4f}   "
             f"grad norm {grad_norm or 0:7.3f}   {speed:>11,.0f} tokens/s"
             + (f"   MFU {tflops / self.peak:5.1%}" if known else "")
             + f"   {left} left"
         )
+
+    def _watch_gains(self, step: int, gains) -> None:
+        """Prometheus, and an alarm when the composite gain passes ``run.alarm_gain``."""
+        worst = max(gains.composite_forward_max[-1], gains.composite_backward_max[-1])
+        alarm = bool(self.alarm_gain) and not worst <= self.alarm_gain  # a NaN is one too
+        if alarm and not self._alarmed:
+            self.metrics.alarm(iteration=step, gain=worst, threshold=self.alarm_gain)
+            self.say(
+                f"ALARM: iteration {step:,}: the composite gain is {worst:.4g}, above "
+                f"run.alarm_gain = {self.alarm_gain:g}"
+            )
+        self._alarmed = alarm
+        if self.exporter is not None:
+            for direction in ("forward", "backward"):
+                for side in ("max", "min"):
+                    value = getattr(gains, f"composite_{direction}_{side}")[-1]
+                    self.exporter.set("mhc_composite_gain", value, direction=direction, side=side)
+            error = max(*gains.row_error, *gains.column_error)
+            self.exporter.write({"mhc_sinkhorn_error": error, "mhc_gain_alarm": float(alarm)})
 
     def _tensorboard_gains(self, step: int, gains) -> None:
         writer = get_tensorboard_writer()
@@ -243,6 +285,11 @@ class Observer:
         else:
             self.console.write(line + "\n")
         self.console.flush()
+
+    def say(self, line: str) -> None:
+        """A line for the terminal and for this rank's log."""
+        print(line, flush=True)
+        self._print(line)
 
     def _print(self, line: str) -> None:
         if self.console is not None:

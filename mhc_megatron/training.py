@@ -53,6 +53,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from mhc_megatron.apex import supply_weight_gradient
+from mhc_megatron.checkpoint.sound import settle
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.corpus import check_corpus
 from mhc_megatron.errors import UserError
@@ -151,8 +152,15 @@ def _hyper_connected_parts(mhc: MHCConfig):
         megatron_gpt.mtp_block_spec, megatron_gpt.GPTModel = plain, model
 
 
-def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None = None) -> None:
+def pretrain(
+    args: Namespace,
+    mhc: MHCConfig,
+    forward_step_func: Callable | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
     """Train as Megatron's parsed and validated ``args`` and ``mhc`` say.
+
+    ``say`` gets what a user should read, on every rank.
 
     Returns when the run is complete; Megatron ends the process (exit code 0) where it stops early
     on a signal, a time limit or ``--exit-interval``.
@@ -161,7 +169,7 @@ def pretrain(args: Namespace, mhc: MHCConfig, forward_step_func: Callable | None
     model_config = model_config_from_args(args, mhc)
     datasets.is_distributed = True
     group_connections(mhc)
-    explain_checkpoint_errors(mhc)
+    explain_checkpoint_errors(mhc, say)
     megatron_training.pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         datasets,
@@ -397,8 +405,11 @@ def check_arguments(args: Namespace) -> None:
         )
 
 
-def explain_checkpoint_errors(mhc: MHCConfig) -> None:
+def explain_checkpoint_errors(mhc: MHCConfig, say: Callable[[str], None] = print) -> None:
     """Make a checkpoint that does not fit end in one sentence, before anything is written.
+
+    A run that goes on from its own folder takes the newest checkpoint there that is whole, and
+    says which it passed over.
 
     Wraps training/checkpointing.py's ``load_checkpoint`` (as training/training.py imported it) and
     ``check_checkpoint_args``, which compares the settings that came with the checkpoint.
@@ -406,6 +417,10 @@ def explain_checkpoint_errors(mhc: MHCConfig) -> None:
     load, check = megatron_training.load_checkpoint, checkpointing.check_checkpoint_args
 
     def explained(*args, **kwargs):
+        run = get_args()
+        if run.load and run.load == run.save and run.ckpt_step is None:
+            for line in settle(run.load):
+                say(line)
         try:
             return load(*args, **kwargs)
         except (TypeError, AttributeError, NameError, UserError):

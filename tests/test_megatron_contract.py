@@ -9,6 +9,7 @@ an unpacked wheel instead of the installed one.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
 from dataclasses import dataclass
@@ -249,3 +250,14 @@ def test_megatron_still_takes(file: str, name: str, parameters: list[str]) -> No
     signature = found[0].partition('"""')[0]
     for parameter in parameters:
         assert re.search(rf"\b{parameter}\b", signature), f"{file}: {name} takes no {parameter}"
+
+
+def test_the_checkpoint_writers_queue_is_made_where_it_is_replaced():
+    """mhc_megatron/faults.py: FileSystemWriterAsync looks the function up in its module."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    source = inspect.getsource(filesystem_async.FileSystemWriterAsync.prepare_write_data)
+    assert "self.results_queue = get_write_results_queue()" in source
+    assert "_results_queue = ctx.Manager().Queue()" in inspect.getsource(
+        filesystem_async.get_write_results_queue
+    )

@@ -1,0 +1,229 @@
+"""What a rank does about faults: it notes why it ends, leaves nothing behind, and never just hangs.
+
+- ``stop_when_asked``: SIGUSR1 means "save and end", as SIGTERM and Ctrl-C do. It is the signal for
+  a whole job step: processes that a rank starts (writers of checkpoints, loaders) do not die of it.
+- ``die_with_launcher``: a rank whose launcher was killed ends at once; otherwise it would train on,
+  and write into the same folder as the run that replaces it.
+- ``guard_checkpoint_writer``: the process that Megatron starts for its saves ends with its rank.
+- ``Watchdog``: a rank that makes no progress prints the stacks of all its threads and ends.
+- ``note``: one line in the run's ``faults.jsonl`` on why a rank ends; ``launch/supervise.py`` reads
+  it and decides how to go on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import faulthandler
+import json
+import multiprocessing
+import multiprocessing.managers
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+#: In the run's folder: one JSON object a line, appended by any rank.
+FAULTS_FILE = "faults.jsonl"
+#: In the run's folder: iterations that are not trained, a JSON list.
+SKIP_FILE = "skip-iterations.json"
+
+#: Megatron's rerun machine (core/rerun_state_machine.py:37, 40) ends a process with these.
+EXIT_RERUN_ELSEWHERE, EXIT_BAD_RESULT = 16, 17
+
+_PR_SET_PDEATHSIG = 1
+#: faulthandler's own first words in a dump made by ``Watchdog``.
+HUNG = "Timeout ("
+
+
+def hold_stop_signal() -> None:
+    """Block SIGUSR1 until ``stop_when_asked``. To be called before any thread is there.
+
+    Threads and children inherit the mask, children also through exec: a signal to a whole job step
+    reaches the ranks and leaves what they started alone.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
+
+def stop_when_asked() -> None:
+    """SIGINT and SIGUSR1 ask for what SIGTERM asks for: save and end. A second SIGINT ends at once.
+
+    SIGUSR1 stays blocked (``hold_stop_signal``); a thread waits for it.
+    """
+    rank = os.getpid()
+
+    def interrupt(signum, frame):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def forward() -> None:
+        while True:
+            signal.sigwait({signal.SIGUSR1})
+            os.kill(rank, signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, interrupt)
+    hold_stop_signal()
+    threading.Thread(target=forward, name="stop-signal", daemon=True).start()
+
+
+def dump_stacks_when_asked() -> None:
+    """SIGUSR2 prints the stacks of all threads to standard error; the process goes on."""
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+
+
+def die_with_launcher() -> None:
+    """End this process (SIGKILL) when the process that started it ends.
+
+    Only under torchrun or Slurm: a process started from a shell outlives it where the user wants.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def guard_checkpoint_writer() -> None:
+    """Make the manager process of Megatron's checkpoint writer end when its rank is killed.
+
+    core/dist_checkpointing/strategies/filesystem_async.py:53 starts it with
+    ``ctx.Manager()``, which serves for ever and takes 300 MB. Here it is started with an
+    initializer that waits for the parent's end; it also leaves stop signals to the rank.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async as module
+
+    def get_write_results_queue(mp_mode: str = "spawn"):
+        if module._results_queue is None:
+            # Its class, not the function of that name: only it takes an initializer.
+            manager = multiprocessing.managers.SyncManager(ctx=multiprocessing.get_context(mp_mode))
+            manager.start(initializer=_end_with_parent)
+            module._results_queue = manager.Queue()
+            module._results_queue.manager = manager  # the process ends with the last reference
+        return module._results_queue
+
+    module.get_write_results_queue = get_write_results_queue
+
+
+def _end_with_parent() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class Watchdog:
+    """Ends a process that makes no progress, after printing where each of its threads is.
+
+    The timer is faulthandler's: it runs without the interpreter, so that a call that never returns
+    cannot keep it from its work. It starts with the first ``progress``.
+
+    Args:
+        minutes: without progress; 0 for no watchdog.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = 60.0 * minutes
+
+    def progress(self) -> None:
+        """Say that the process is alive."""
+        if self.seconds:
+            faulthandler.dump_traceback_later(self.seconds, exit=True)
+
+    def stop(self) -> None:
+        """No more progress is expected."""
+        if self.seconds:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def note(run_dir: str, code: int, reason: str, iteration: int | None, **more: Any) -> None:
+    """Append why this rank ends to the run's ``faults.jsonl``; a full disk does not stop it."""
+    record = {
+        "time": time.time(),
+        "rank": int(os.environ.get("RANK", "0")),
+        "node": socket.gethostname(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "code": code,
+        "reason": " ".join(reason.split())[:600],
+        "iteration": iteration,
+        **more,
+    }
+    line = json.dumps(record, separators=(",", ":")) + "\n"
+    try:
+        fd = os.open(os.path.join(run_dir, FAULTS_FILE), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        try:
+            os.write(fd, line.encode())
+        finally:
+            os.close(fd)
+    except OSError:
+        pass
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether ``error``, or what it was raised from, says that the disk or a quota is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def cannot_write(folder: str | None, size: int = 1 << 24) -> bool:
+    """Whether ``folder`` has no room for ``size`` bytes more.
+
+    Asked after a save failed: Megatron's writer keeps the class of an error in one of its threads,
+    not its number (core/dist_checkpointing/strategies/filesystem_async.py:325).
+    """
+    if not folder or not os.path.isdir(folder):
+        return False
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".room-") as f:
+            f.write(bytes(size))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        return error.errno in _FULL
+    return False
+
+
+def skipped_iterations(run_dir: str) -> list[int]:
+    """The iterations of the run's ``skip-iterations.json``; none where there is no such file."""
+    try:
+        with open(os.path.join(run_dir, SKIP_FILE), encoding="utf-8") as f:
+            found = json.load(f)
+    except FileNotFoundError:
+        return []
+    return sorted({int(iteration) for iteration in found})
+
+
+def skip_iterations(run_dir: str, iterations: list[int]) -> None:
+    """Write the run's ``skip-iterations.json``, whole or not at all."""
+    path = os.path.join(run_dir, SKIP_FILE)
+    with open(path + ".new", "w", encoding="utf-8") as f:
+        json.dump(sorted(set(iterations)), f)
+    os.replace(path + ".new", path)
+
+
+def read(run_dir: str, since: float = 0.0) -> list[Mapping[str, Any]]:
+    """The faults noted at or after ``since`` (seconds since 1970), oldest first."""
+    try:
+        with open(os.path.join(run_dir, FAULTS_FILE), encoding="utf-8") as f:
+            lines = f.readlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # cut by a kill or a full disk
+        if isinstance(record, dict) and record.get("time", 0) >= since:
+            found.append(record)
+    return sorted(found, key=lambda record: record["time"])

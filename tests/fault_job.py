@@ -1,0 +1,30 @@
+"""A run of launch/pretrain.py in which something goes wrong at one iteration, for tests."""
+
+import time
+
+import pretrain_job
+import torch
+
+
+def run(argv: list[str], output: str, fault: str, iteration: int) -> None:
+    """As ``pretrain_job.run``, with ``fault`` at ``iteration``: ``nan``, or ``hang``."""
+    from mhc_megatron import training
+
+    plain = training.loss_func
+
+    def loss_func(loss_mask, logits):
+        from megatron.training import get_args
+
+        if get_args().curr_iteration + 1 == iteration:
+            if fault == "hang":
+                wait_for_ever()
+            logits = logits * torch.nan
+        return plain(loss_mask, logits)
+
+    training.loss_func = loss_func
+    pretrain_job.run(argv, output)
+
+
+def wait_for_ever() -> None:
+    while True:
+        time.sleep(1)
