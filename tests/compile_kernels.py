@@ -33,6 +33,8 @@ class Usage:
     registers: int
     stack: int
     shared: int
+    #: Fused multiply-adds that the source asks for by name.
+    named_fmas: int
 
 
 class Recorder:
@@ -94,7 +96,8 @@ def compile_call(call, arch: int) -> Usage:
         target=GPUTarget("cuda", arch, 32),
         options=options,
     )
-    return Usage(kernel.__name__, *_resources(binary.asm["cubin"]), binary.metadata.shared)
+    resources = *_resources(binary.asm["cubin"]), binary.metadata.shared
+    return Usage(kernel.__name__, *resources, len(re.findall(r"call .*@llvm\.fma\.", binary.asm["llir"])))
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

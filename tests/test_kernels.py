@@ -152,6 +152,22 @@ def test_compiles_other_cases(monkeypatch, n, variant, dtype, norm):
         check(compile_call(call, 90), 90, stack=128)
 
 
+@pytest.mark.parametrize("variant", ["mhc", "identity"])
+def test_forward_and_refill_round_alike(monkeypatch, variant):
+    """Of a b + c d the compiler may fuse either product, in each kernel another one: not here."""
+    calls = record(monkeypatch, 90, flat_calls(4, 256, variant, torch.bfloat16, False, False))
+    monkeypatch.undo()
+    calls += record(monkeypatch, 90, refill_calls(1, variant, torch.bfloat16))
+    for call in calls:
+        if call[0].__name__ in ("post_project_hopper_kernel", "post_kernel", "refill_kernel"):
+            usage = compile_call(call, 90)
+            mixes = 4 * (4 if variant == "mhc" else 1)
+            # At least one for each product of a mix and of each element that a thread holds.
+            assert usage.named_fmas >= mixes and usage.named_fmas % mixes == 0, usage
+        elif call[0].__name__ == "read_kernel":
+            assert compile_call(call, 90).named_fmas >= 4
+
+
 def forward_launches(T: int) -> None:
     """project and post of T tokens."""
     x, y = torch.zeros(T, 4, 64, dtype=torch.bfloat16), torch.zeros(T, 64, dtype=torch.bfloat16)
