@@ -97,7 +97,8 @@ def compile_call(call, arch: int) -> Usage:
         options=options,
     )
     resources = *_resources(binary.asm["cubin"]), binary.metadata.shared
-    return Usage(kernel.__name__, *resources, len(re.findall(r"call .*@llvm\.fma\.", binary.asm["llir"])))
+    named = re.findall(r"call .*@llvm\.fma\.", binary.asm["llir"])
+    return Usage(kernel.__name__, *resources, len(named))
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
