@@ -64,12 +64,6 @@ MOVES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    with Cluster() as cluster:
-        yield cluster
-
-
 @pytest.mark.parametrize("move", MOVES)
 def test_resume_in_another_layout(move: str, cluster: Cluster, tmp_path) -> None:
     kind, source, target, settings = MOVES[move]

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.cluster import Cluster
-
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with Cluster() as cluster:
-        yield cluster
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
