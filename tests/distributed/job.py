@@ -32,7 +32,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config, unw
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.connection import HyperConnection
-from mhc_megatron.optimizer import close_bucket_gaps, connection_overrides
+from mhc_megatron.optimizer import connection_overrides, mend_checkpoints
 from mhc_megatron.streams import is_connection
 from tests.distributed.data import BATCH, OPTIMIZER, SEQUENCE, VOCABULARY
 from tests.distributed.models import build, build_with, initialize
@@ -121,7 +121,7 @@ def make_optimizer(job, model, ddp, mhc):
         use_distributed_optimizer=ddp.get("use_distributed_optimizer", False),
         overlap_param_gather=ddp.get("overlap_param_gather", False),
     )
-    close_bucket_gaps()
+    mend_checkpoints()
     overrides = connection_overrides(config, mhc)
     return get_megatron_optimizer(config, model, config_overrides=overrides)
 
