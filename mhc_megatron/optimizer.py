@@ -27,7 +27,11 @@ from typing import Any
 import torch
 from megatron.core.optimizer import get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    MegatronOptimizer,
+)
 from megatron.core.optimizer.optimizer_config import (
     OptimizerConfig,
     ParamKey,
@@ -170,10 +174,53 @@ def _groups_for(optimizer: DistributedOptimizer, groups: list[dict]) -> dict[str
     return {"param_groups": [{**group, "is_expert_parallel": expert} for group in ordered]}
 
 
+def number_float32_parameters() -> None:
+    """Let half-precision training without the distributed optimizer save float32 parameters.
+
+    core/optimizer/optimizer.py:1138 of Megatron 0.19.2 numbers the half-precision parameters
+    alone, where the state that it is about to save numbers all: the connections' state would have
+    no name, and what comes after them another's. While the state is collected, ``float16_groups``
+    has every parameter, in the optimizer's order; nothing else reads it there. Right where no group
+    mixes dtypes, which ``connection_overrides`` sees to. Once a process.
+    """
+    optimizer = Float16OptimizerWithFloat16Params
+    collect, load = optimizer.sharded_state_dict, optimizer.load_state_dict
+    if getattr(collect, "numbers_all", False):
+        return
+
+    @functools.wraps(collect)
+    def collect_all(self, *args, **kwargs):
+        half = self.float16_groups
+        pairs = zip(half, self.fp32_from_fp32_groups)
+        self.float16_groups = [[*of_half, *of_float] for of_half, of_float in pairs]
+        try:
+            state = collect(self, *args, **kwargs)
+        finally:
+            self.float16_groups = half
+        # A float32 group has no copies. Its empty list would be left over when the tensors are
+        # taken out, and not merge with the others at load (dist_checkpointing/dict_utils.py:229).
+        groups = enumerate(state["fp32_from_fp16_params"])
+        state["fp32_from_fp16_params"] = {number: group for number, group in groups if group}
+        return state
+
+    @functools.wraps(load)
+    def load_all(self, state_dict):
+        copies = state_dict.get("fp32_from_fp16_params")
+        if isinstance(copies, dict):
+            groups = range(len(self.fp32_from_float16_groups))
+            copies = [copies.get(number, []) for number in groups]
+            state_dict = {**state_dict, "fp32_from_fp16_params": copies}
+        return load(self, state_dict)
+
+    collect_all.numbers_all = True
+    optimizer.sharded_state_dict, optimizer.load_state_dict = collect_all, load_all
+
+
 def mend_checkpoints() -> None:
-    """Both mends of the distributed optimizer's checkpoints that this module has."""
+    """What Megatron's optimizers need to save and load the connections' state in every layout."""
     close_bucket_gaps()
     load_across_expert_layouts()
+    number_float32_parameters()
 
 
 def group_connections(mhc: MHCConfig) -> None:

@@ -98,7 +98,19 @@ MOVES = {
         {"world": 2, "expert_model_parallel_size": 2},
         EXPERTS,
     ),
+    "bf16 without the distributed optimizer": (
+        {"world": 2},
+        {"world": 2},
+        {
+            "bf16": "true",
+            "use_distributed_optimizer": "false",
+            "dist_ckpt_optim_fully_reshardable": "false",
+        },
+    ),
 }
+
+#: A checkpoint whose state of the optimizer is in the buckets of its layout.
+IN_BUCKETS = {"dist_ckpt_optim_fully_reshardable": "false", "train_iters": 3}
 
 LAYOUTS = {
     "PP2": {"world": 2, "pipeline_model_parallel_size": 2},
@@ -177,3 +189,12 @@ def test_a_run_moves_between_layouts(move: str, tmp_path) -> None:
     checkpoints = os.path.join(tmp_path, "first", "checkpoints")
     rest = losses(tmp_path / "second", **target, **model, load=checkpoints, ckpt_step=3)
     assert rest == pytest.approx(whole[3:], rel=1e-5)
+
+
+@pytest.mark.parametrize("size", ["tensor_model_parallel_size", "expert_model_parallel_size"])
+def test_state_in_buckets_stays_in_its_layout(size: str, tmp_path) -> None:
+    model = {**EXPERTS, **IN_BUCKETS}
+    losses(tmp_path / "first", 2, **model, **{size: 2, "sequence_parallel": "true"})
+    checkpoints = os.path.join(tmp_path, "first", "checkpoints")
+    with pytest.raises(AssertionError, match="dist-ckpt-optim-fully-reshardable: true, or set"):
+        losses(tmp_path / "second", 1, **model, load=checkpoints)
