@@ -181,7 +181,7 @@ def _defaults(settings: Settings) -> dict[str, Any]:
         "no-one-logger": True,
     }
     if settings.megatron.get("bf16") or settings.megatron.get("fp16"):
-        # The other one cannot save the connections' float32 parameters (training.check_arguments).
+        # Shards its state over the data-parallel ranks. The other one works too.
         values["use-distributed-optimizer"] = True
     return values | fusions(settings.megatron)
 

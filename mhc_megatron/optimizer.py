@@ -22,10 +22,16 @@ Leans on core/optimizer/__init__.py of megatron-core 0.19.2: ``config_overrides`
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from megatron.core.optimizer import get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    MegatronOptimizer,
+)
 from megatron.core.optimizer.optimizer_config import (
     OptimizerConfig,
     ParamKey,
@@ -117,13 +123,113 @@ def _places_without_gaps(buffer) -> dict[torch.nn.Parameter, tuple[int, int, int
     }
 
 
+def load_across_expert_layouts() -> None:
+    """Load the distributed optimizer's state where ranks chain other optimizers than were saved.
+
+    Where expert parallelism is larger than one, parameters of experts have an optimizer of their
+    own, and a checkpoint numbers the two (core/optimizer/optimizer.py:1570). Megatron 0.19.2 loads
+    these neither into a run with one optimizer nor the other way round (:1579). With
+    ``--dist-ckpt-optim-fully-reshardable`` the tensors are stored by parameter and arrive anyway;
+    the settings of the parameter groups are handed on here. Once a process.
+    """
+    own = ChainedOptimizer.load_state_dict
+    if getattr(own, "across_layouts", False):
+        return
+
+    @functools.wraps(own)
+    def arranged(self, state_dict):
+        return own(self, _arrange(state_dict, self.chained_optimizers))
+
+    arranged.across_layouts = True
+    ChainedOptimizer.load_state_dict = arranged
+
+
+def _arrange(state: Any, optimizers: list[MegatronOptimizer]) -> Any:
+    """``state`` with an entry for each of ``optimizers``; as it is where it has them already."""
+    count = len(optimizers)
+    distributed = all(isinstance(optimizer, DistributedOptimizer) for optimizer in optimizers)
+    if not (distributed and isinstance(state, dict)):
+        return state
+    own = [state] if count == 1 else [state.get(i, {}) for i in range(count)]
+    if all("optimizer" in part for part in own):
+        return state
+    saved = [state, *(state[key] for key in state if isinstance(key, int))]
+    saved = [part for part in saved if "optimizer" in part]
+    if not saved:
+        return state
+    groups = [group for part in saved for group in part["optimizer"]["param_groups"]]
+    parts = []
+    for optimizer, part in zip(optimizers, own):
+        chosen = _groups_for(optimizer, groups)
+        part = {key: part[key] for key in part if not isinstance(key, int)}
+        parts.append({**saved[0], **part, "optimizer": {**saved[0]["optimizer"], **chosen}})
+    return parts[0] if count == 1 else dict(enumerate(parts))
+
+
+def _groups_for(optimizer: DistributedOptimizer, groups: list[dict]) -> dict[str, list[dict]]:
+    """``groups`` as ``optimizer`` looks for them: by settings, one of which says "of experts"."""
+    expert = any(group.get("is_expert_parallel") for group in optimizer.param_groups)
+    # Of two with the same settings it takes the later one: its own kind last.
+    ordered = sorted(groups, key=lambda group: bool(group.get("is_expert_parallel")) == expert)
+    return {"param_groups": [{**group, "is_expert_parallel": expert} for group in ordered]}
+
+
+def number_float32_parameters() -> None:
+    """Let half-precision training without the distributed optimizer save float32 parameters.
+
+    core/optimizer/optimizer.py:1138 of Megatron 0.19.2 numbers the half-precision parameters
+    alone, where the state that it is about to save numbers all: the connections' state would have
+    no name, and what comes after them another's. While the state is collected, ``float16_groups``
+    has every parameter, in the optimizer's order; nothing else reads it there. Right where no group
+    mixes dtypes, which ``connection_overrides`` sees to. Once a process.
+    """
+    optimizer = Float16OptimizerWithFloat16Params
+    collect, load = optimizer.sharded_state_dict, optimizer.load_state_dict
+    if getattr(collect, "numbers_all", False):
+        return
+
+    @functools.wraps(collect)
+    def collect_all(self, *args, **kwargs):
+        half = self.float16_groups
+        pairs = zip(half, self.fp32_from_fp32_groups)
+        self.float16_groups = [[*of_half, *of_float] for of_half, of_float in pairs]
+        try:
+            state = collect(self, *args, **kwargs)
+        finally:
+            self.float16_groups = half
+        # A float32 group has no copies. Its empty list would be left over when the tensors are
+        # taken out, and not merge with the others at load (dist_checkpointing/dict_utils.py:229).
+        groups = enumerate(state["fp32_from_fp16_params"])
+        state["fp32_from_fp16_params"] = {number: group for number, group in groups if group}
+        return state
+
+    @functools.wraps(load)
+    def load_all(self, state_dict):
+        copies = state_dict.get("fp32_from_fp16_params")
+        if isinstance(copies, dict):
+            groups = range(len(self.fp32_from_float16_groups))
+            copies = [copies.get(number, []) for number in groups]
+            state_dict = {**state_dict, "fp32_from_fp16_params": copies}
+        return load(self, state_dict)
+
+    collect_all.numbers_all = True
+    optimizer.sharded_state_dict, optimizer.load_state_dict = collect_all, load_all
+
+
+def mend_checkpoints() -> None:
+    """What Megatron's optimizers need to save and load the connections' state in every layout."""
+    close_bucket_gaps()
+    load_across_expert_layouts()
+    number_float32_parameters()
+
+
 def group_connections(mhc: MHCConfig) -> None:
     """Give Megatron's trainer the connections' group.
 
     Wraps ``get_megatron_optimizer_config`` of training/training.py, which makes the optimizer's
     configuration and overrides for ``setup_model_and_optimizer``. Once a process.
     """
-    close_bucket_gaps()
+    mend_checkpoints()
     original = megatron_training.get_megatron_optimizer_config
 
     @functools.wraps(original)

@@ -382,15 +382,7 @@ def check_arguments(args: Namespace) -> None:
         )
     if not args.mock_data and get_blend_and_blend_per_split(args) == (None, None):
         raise UserError("no data: set data-path, or mock-data: true.")
-    mhc, half = MHCConfig(**args.mhc), args.bf16 or args.fp16
-    check_recompute(args, mhc)
-    if half and mhc.enabled and not args.use_distributed_optimizer:
-        # core/optimizer/optimizer.py:1138 numbers the half-precision parameters alone, where the
-        # state that it saves numbers all of them.
-        raise UserError(
-            "Megatron's plain half-precision optimizer cannot save the connections' float32 "
-            "parameters; set use-distributed-optimizer: true (it works on one GPU as well)."
-        )
+    check_recompute(args, MHCConfig(**args.mhc))
     tied = not args.untie_embeddings_and_output_weights
     if args.mtp_num_layers and args.pipeline_model_parallel_size > 1 and tied:
         # models/common/language_module/language_module.py:497 fails on every such save and load.
@@ -403,6 +395,12 @@ def check_arguments(args: Namespace) -> None:
             "hybrid-layer-pattern: Megatron's own hybrid layers need Transformer Engine; give spec "
             "a stack of others."
         )
+
+
+#: In what Megatron says when the distributed optimizer's state, saved in buckets
+#: (``dp_reshardable``), does not fit the layout: training/checkpointing.py:2166, and the names of
+#: optimizer/distrib_optimizer.py's buckets that are or are not in the checkpoint.
+_STATE_IN_BUCKETS = ("DistributedOptimizer with sharding type", "optimizer.distributed.dp_group")
 
 
 def explain_checkpoint_errors(mhc: MHCConfig, say: Callable[[str], None] = print) -> None:
@@ -426,6 +424,12 @@ def explain_checkpoint_errors(mhc: MHCConfig, say: Callable[[str], None] = print
         except (TypeError, AttributeError, NameError, UserError):
             raise
         except (Exception, CheckpointException) as error:  # torch, Megatron, pickle: own ones each
+            if any(said in str(error) for said in _STATE_IN_BUCKETS):
+                raise UserError(
+                    f"the checkpoint in {get_args().load} keeps the optimizer's state as its own "
+                    "layout has it: go on in that one, save it there with "
+                    "dist-ckpt-optim-fully-reshardable: true, or set no-load-optim: true."
+                ) from error
             raise UserError(
                 f"the checkpoint in {get_args().load} does not fit: {_innermost(error)}"
             ) from error

@@ -1,11 +1,21 @@
-"""Fixtures that start Megatron-Core on the CPU inside the test process."""
+"""Fixtures that start Megatron-Core on the CPU: inside the test process, or on forked ranks."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from tests.distributed.cluster import Cluster
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Runs jobs on forked ranks; one server for all tests, as its imports take seconds."""
+    with Cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")

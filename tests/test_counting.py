@@ -5,7 +5,6 @@ Also that every configuration passes Megatron's own checks in its own layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +47,6 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "prediction": {"mtp-num-layers": 2, "untie-embeddings-and-output-weights": True},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with Cluster() as cluster:
-        yield cluster
 
 
 def path(name: str) -> str:

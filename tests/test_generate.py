@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,6 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "half": (1, ("bf16=true", "use-distributed-optimizer=true", "mhc.lr-mult=0.5")),
     "residual": (1, ("mhc.variant=none",)),
 }
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with Cluster() as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")

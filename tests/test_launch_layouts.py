@@ -68,6 +68,50 @@ def losses(folder, world: int, **changes) -> list[float]:
         return [row["loss"] for row in map(json.loads, f) if row["event"] == "train"]
 
 
+EXPERTS = {
+    "num_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 32,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_router_load_balancing_type": "none",
+    "expert_tensor_parallel_size": 1,
+}
+
+#: Layout that saves, layout that goes on, the model of both.
+MOVES = {
+    "TP2, SP to PP2, VPP2": (
+        {"world": 2, "tensor_model_parallel_size": 2, "sequence_parallel": "true"},
+        {
+            "world": 2,
+            "pipeline_model_parallel_size": 2,
+            "num_layers_per_virtual_pipeline_stage": 1,
+        },
+        {},
+    ),
+    "MoE, EP2 to one process": (
+        {"world": 2, "expert_model_parallel_size": 2},
+        {"world": 1},
+        EXPERTS,
+    ),
+    "MoE, one process to EP2": (
+        {"world": 1},
+        {"world": 2, "expert_model_parallel_size": 2},
+        EXPERTS,
+    ),
+    "bf16 without the distributed optimizer": (
+        {"world": 2},
+        {"world": 2},
+        {
+            "bf16": "true",
+            "use_distributed_optimizer": "false",
+            "dist_ckpt_optim_fully_reshardable": "false",
+        },
+    ),
+}
+
+#: A checkpoint whose state of the optimizer is in the buckets of its layout.
+IN_BUCKETS = {"dist_ckpt_optim_fully_reshardable": "false", "train_iters": 3}
+
 LAYOUTS = {
     "PP2": {"world": 2, "pipeline_model_parallel_size": 2},
     "PP2, VPP2": {
@@ -121,22 +165,36 @@ def test_a_run_goes_on_in_another_layout(layout: str, one, tmp_path) -> None:
     assert rest == pytest.approx(whole[3:], rel=1e-5)
 
 
-EXPERTS = {
-    "mtp-num-layers": "null",
-    "num-experts": 4,
-    "moe-router-topk": 2,
-    "moe-ffn-hidden-size": 32,
-    "moe-router-load-balancing-type": "none",
-    "moe-token-dispatcher-type": "alltoall",
+OVERLAPPING = EXPERTS | {
+    "mtp_num_layers": "null",
     "bf16": "true",
-    "attention-softmax-in-fp32": "true",
-    "expert-model-parallel-size": 2,
+    "attention_softmax_in_fp32": "true",
+    "expert_model_parallel_size": 2,
 }
 
 
 def test_megatrons_flag_overlaps_and_changes_no_loss(tmp_path) -> None:
-    plain = losses(tmp_path / "plain", 2, **EXPERTS)
+    plain = losses(tmp_path / "plain", 2, **OVERLAPPING)
     overlapped = losses(
-        tmp_path / "overlap", 2, **EXPERTS, **{"overlap-moe-expert-parallel-comm": "true"}
+        tmp_path / "overlap", 2, **OVERLAPPING, overlap_moe_expert_parallel_comm="true"
     )
     assert overlapped == plain
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_run_moves_between_layouts(move: str, tmp_path) -> None:
+    source, target, model = MOVES[move]
+    whole = losses(tmp_path / "first", **source, **model)
+    assert len(whole) == 6
+    checkpoints = os.path.join(tmp_path, "first", "checkpoints")
+    rest = losses(tmp_path / "second", **target, **model, load=checkpoints, ckpt_step=3)
+    assert rest == pytest.approx(whole[3:], rel=1e-5)
+
+
+@pytest.mark.parametrize("size", ["tensor_model_parallel_size", "expert_model_parallel_size"])
+def test_state_in_buckets_stays_in_its_layout(size: str, tmp_path) -> None:
+    model = {**EXPERTS, **IN_BUCKETS}
+    losses(tmp_path / "first", 2, **model, **{size: 2, "sequence_parallel": "true"})
+    checkpoints = os.path.join(tmp_path, "first", "checkpoints")
+    with pytest.raises(AssertionError, match="dist-ckpt-optim-fully-reshardable: true, or set"):
+        losses(tmp_path / "second", 1, **model, load=checkpoints)

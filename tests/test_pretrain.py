@@ -236,10 +236,6 @@ BAD = {
     "heads do not divide": (["num-attention-heads=5"], "contradictory settings"),
     "iterations and samples": (["train-samples=100"], "contradictory settings"),
     "warmup too long": (["lr-warmup-iters=12"], "must be smaller than train-iters (12)"),
-    "optimizer that cannot save": (
-        ["bf16=true", "use-distributed-optimizer=false"],
-        "set use-distributed-optimizer",
-    ),
     "missing corpus": (["data-path=[no/such]"], "no/such.bin does not exist"),
     "wandb is not there": (["wandb-project=x"], "the package wandb is not installed"),
     "no data at all": (["data-path=null"], "no data: set data-path"),

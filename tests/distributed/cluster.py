@@ -81,7 +81,7 @@ class Cluster:
 
     def __exit__(self, *error: object) -> None:
         self._server.stdin.close()
-        self._server.wait(timeout=10)
+        self._server.wait(timeout=60)
         self._server.stdout.close()
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config, unw
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.connection import HyperConnection
-from mhc_megatron.optimizer import close_bucket_gaps, connection_overrides
+from mhc_megatron.optimizer import connection_overrides, mend_checkpoints
 from mhc_megatron.streams import is_connection
 from tests.distributed.data import BATCH, OPTIMIZER, SEQUENCE, VOCABULARY
 from tests.distributed.models import build, build_with, initialize
@@ -62,7 +63,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
     first = job.get("first_step", 0)
     numbers = range(first, first + job.get("steps", 3))
-    steps = [step(model, optimizer, s, job.get("batch", BATCH)) for s in numbers]
+    batch, unscored = job.get("batch", BATCH), job["kind"].get("unscored", ())
+    steps = [step(model, optimizer, number, batch, unscored) for number in numbers]
     if job.get("save"):
         if ddp.get("overlap_param_gather"):
             # As training/training.py does before it saves: the last step's parameters arrive.
@@ -119,12 +121,14 @@ def make_optimizer(job, model, ddp, mhc):
         use_distributed_optimizer=ddp.get("use_distributed_optimizer", False),
         overlap_param_gather=ddp.get("overlap_param_gather", False),
     )
-    close_bucket_gaps()
+    mend_checkpoints()
     overrides = connection_overrides(config, mhc)
     return get_megatron_optimizer(config, model, config_overrides=overrides)
 
 
-def step(model, optimizer, number: int, batch: int = BATCH) -> tuple[float, float]:
+def step(
+    model, optimizer, number: int, batch: int = BATCH, unscored: Sequence[int] = ()
+) -> tuple[float, float]:
     """One optimizer step: the sum of this rank's token losses, the norm of all gradients."""
     for chunk in model:
         chunk.zero_grad_buffer()
@@ -132,7 +136,7 @@ def step(model, optimizer, number: int, batch: int = BATCH) -> tuple[float, floa
     data_ranks = parallel_state.get_data_parallel_world_size()
     sequences = range(parallel_state.get_data_parallel_rank(), batch, data_ranks)
     losses = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=functools.partial(forward_step, unscored=unscored),
         data_iterator=[iter([(number, i) for i in sequences]) for _ in model],
         model=model,
         num_microbatches=len(sequences),
@@ -144,8 +148,13 @@ def step(model, optimizer, number: int, batch: int = BATCH) -> tuple[float, floa
     return sum(float(entry["lm loss"][0]) for entry in losses), grad_norm
 
 
-def forward_step(data_iterator, model, return_schedule_plan: bool = False):
-    """As ``mhc_megatron.training.forward_step``, without the trainer's global state."""
+def forward_step(
+    data_iterator, model, return_schedule_plan: bool = False, unscored: Sequence[int] = ()
+):
+    """As ``mhc_megatron.training.forward_step``, without the trainer's global state.
+
+    The tokens at ``unscored`` have no loss.
+    """
     number, index = next(data_iterator)
     generator = torch.Generator().manual_seed(1000 * number + index)
     tokens = torch.randint(VOCABULARY, (1, SEQUENCE + 1), generator=generator)
@@ -157,6 +166,7 @@ def forward_step(data_iterator, model, return_schedule_plan: bool = False):
         "loss_mask": torch.ones(1, SEQUENCE),
         "position_ids": torch.arange(SEQUENCE)[None],
     }
+    batch["loss_mask"][:, list(unscored)] = 0
     if parallel_state.get_context_parallel_world_size() > 1:
         batch = get_batch_on_this_cp_rank(
             batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tests.distributed.data import SEQUENCE
+
 MOE: dict[str, Any] = {
     "num_moe_experts": 4,
     "moe_router_topk": 2,
@@ -54,6 +56,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "MLA": MLA,
     "MLA, MoE": MLA | MOE | {"moe_layer_freq": [0, 1, 1, 1]},
     "MTP": {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.3},
+    # Megatron averages a loss over each context-parallel rank's own tokens (schedules.py:334), also
+    # MTP's, which is one token shorter (multi_token_prediction.py:890). With these two unscored the
+    # ranks have equal numbers of both, and their average is that of one rank.
+    "MTP, two documents": {
+        "mtp_num_layers": 1,
+        "mtp_loss_scaling_factor": 0.3,
+        "unscored": [0, SEQUENCE // 2],
+    },
     "MTP of depth 2": {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3},
     "MLA, MoE, MTP": MLA | MOE | {"mtp_num_layers": 1, "moe_layer_freq": [0, 1, 1, 1]},
     "hybrid *-": {"hybrid_layer_pattern": "*-*-*-*-", "num_layers": 8},
@@ -196,7 +206,8 @@ ROWS: list[Row] = [
     _row("MTP", "PP3, Ett|ttm|L", 3, pp=3, pipeline_model_parallel_layout="Ett|ttm|L"),
     _row("MTP", "PP4, MTP alone: Ett|tt|m|L", 4, pp=4,
          pipeline_model_parallel_layout="Ett|tt|m|L"),
-    _row("MTP", "CP2", 2, cp=2),
+    _row("MTP, two documents", "CP2", 2, cp=2),
+    _row("MTP, two documents", "TP2, SP, CP2, PP2", 8, tp=2, sp=True, cp=2, pp=2, slow=True),
     _row("MTP of depth 2", "PP2", 2, pp=2),
     _row("MLA, MoE, MTP", "EP2, PP2", 4, ep=2, pp=2),
     _row("hybrid *-", "TP2, SP", 2, tp=2, sp=True),

@@ -1,8 +1,10 @@
 """Small models of every kind, and the layouts that they are run in, from plain data.
 
 A *kind* is a dictionary: fields of Megatron's TransformerConfig and GPTModelConfig (or
-HybridModelConfig where it has a ``hybrid_layer_pattern``) over ``BASE``. A *layout* is another one:
-tp, pp, vp, cp, ep, etp, sp, world, overlap, and fields of the same configurations over it.
+HybridModelConfig where it has a ``hybrid_layer_pattern``) over ``BASE``, and ``unscored``, the
+tokens of a sequence that have no loss. A *layout* is another one: tp, pp, vp, cp, ep, etp, sp,
+world, overlap, ``whole_position_gradient`` (see ``sum_position_gradients``), and fields of the same
+configurations over it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.multi_token_prediction import (
@@ -82,6 +85,9 @@ PARALLEL = {
     "sp": "sequence_parallel",
 }
 
+#: Keys of a layout that are no fields of a model's configuration.
+OF_THE_RUN = ("world", "ddp", "whole_position_gradient")
+
 
 def initialize(kind: dict[str, Any], layout: dict[str, Any]) -> None:
     """Model-parallel groups."""
@@ -97,6 +103,9 @@ def initialize(kind: dict[str, Any], layout: dict[str, Any]) -> None:
     )
     if layout.get("cp", 1) > 1:
         gather_context()
+    latent = getattr(model.transformer, "multi_latent_attention", False)
+    if latent and layout.get("tp", 1) > 1 and layout.get("whole_position_gradient", True):
+        sum_position_gradients(model.transformer)
 
 
 def model_config(
@@ -104,7 +113,8 @@ def model_config(
 ) -> MHCModelConfig | MHCHybridModelConfig:
     """The configuration that a builder takes."""
     settings = {**BASE, **kind}
-    settings |= {PARALLEL.get(k, k): v for k, v in layout.items() if k not in ("world", "ddp")}
+    settings |= {PARALLEL.get(k, k): v for k, v in layout.items() if k not in OF_THE_RUN}
+    settings.pop("unscored", None)
     dtype = settings.pop("dtype", "float32")
     settings["params_dtype"] = settings["pipeline_dtype"] = getattr(torch, dtype)
     settings |= {
@@ -247,3 +257,29 @@ class _Gather(torch.autograd.Function):
         grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.group)
         return grad.chunk(ctx.group.size())[ctx.group.rank()], None
+
+
+def sum_position_gradients(config: TransformerConfig) -> None:
+    """Give Megatron's local latent attention the gradient that it loses under tensor parallelism.
+
+    All heads share the keys' rotary part (``k_pos_emb``); a rank's gradient of it is of its own
+    heads. multi_latent_attention.py:739 gathers it by an operation whose backward
+    (tensor_parallel/mappings.py:275) takes a piece of this partial gradient and adds nothing. The
+    Transformer Engine spec, whose down projection is not split, does not come this way.
+    """
+    gather = multi_latent_attention.gather_from_tensor_model_parallel_region
+    positions = config.qk_pos_emb_head_dim
+
+    def add(gradient: torch.Tensor) -> torch.Tensor:
+        latent, shared = gradient.tensor_split([-positions], dim=-1)
+        shared = shared.contiguous()
+        dist.all_reduce(shared, group=parallel_state.get_tensor_model_parallel_group())
+        return torch.cat([latent, shared], dim=-1)
+
+    def gathered(x: torch.Tensor) -> torch.Tensor:
+        x = gather(x)
+        if x.shape[-1] == config.kv_lora_rank + positions and x.requires_grad:
+            x.register_hook(add)
+        return x
+
+    multi_latent_attention.gather_from_tensor_model_parallel_region = gathered

@@ -55,6 +55,13 @@ MOVES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"world": 4, "ep": 2, "pp": 2},
         RESHARDABLE,
     ),
+    "MoE: EP2 to one rank": ("MoE alltoall", {"world": 2, "ep": 2}, {}, RESHARDABLE),
+    "MoE: DP2 to EP2, TP2, SP": (
+        "MoE alltoall",
+        {"world": 2},
+        {"world": 4, "ep": 2, "etp": 1, "tp": 2, "sp": True},
+        {**RESHARDABLE, "mhc": {"lr_mult": 0.5}},
+    ),
     "learned exit, own learning rate: PP2 to TP2, SP": (
         "dense",
         {"world": 2, "pp": 2},
@@ -62,12 +69,6 @@ MOVES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**RESHARDABLE, "mhc": {"exit": "learned", "lr_mult": 0.5}},
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with Cluster() as cluster:
-        yield cluster
 
 
 @pytest.mark.parametrize("move", MOVES)

@@ -6,17 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.cluster import Cluster, RankError
+from tests.distributed.cluster import RankError
 
 pytestmark = pytest.mark.distributed
 
 NAME = "tests.distributed.test_cluster"
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with Cluster() as running:
-        yield running
 
 
 def killed(job: dict) -> str:

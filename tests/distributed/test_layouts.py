@@ -20,18 +20,6 @@ pytestmark = pytest.mark.distributed
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 RECORDS = os.path.join(_ROOT, "build", "layouts.jsonl")
 
-#: Where plain Megatron itself differs between two layouts (multi-token prediction under context
-#: parallelism averages over each rank's own tokens, MLA under sequence parallelism), ours may
-#: differ as much; the factor allows for another model's sensitivity.
-FACTOR_OF_PLAIN = 15.0
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with Cluster() as cluster:
-        yield cluster
-
-
 @pytest.fixture(scope="module")
 def reference(cluster, tmp_path_factory):
     """kind -> (folder of the weights, results of one rank), made once."""
@@ -89,8 +77,9 @@ def test_layout_equals_one_rank(row: Row, cluster: Cluster, reference, records) 
     print(line(record))
     for error in ("loss_error", "grad_norm_error"):
         ours, plain = record["mhc"][error], record["none"][error]
-        allowed = max(row.tolerance, FACTOR_OF_PLAIN * plain if plain > 1e-5 else 0)
-        assert ours <= allowed, f"{error} {ours:.1e} > {allowed:.1e} (plain Megatron {plain:.1e})"
+        assert ours <= row.tolerance, (
+            f"{error} {ours:.1e} > {row.tolerance:.0e} (plain Megatron {plain:.1e})"
+        )
 
 
 def line(record: dict[str, Any]) -> str:
@@ -126,6 +115,28 @@ def differences(
 
 def _is_finite(x: float) -> bool:
     return x == x and abs(x) != float("inf")
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("MLA", {"world": 2, "tp": 2, "whole_position_gradient": False}),
+        ("MTP", {"world": 2, "cp": 2}),
+    ],
+    ids=["MLA, TP2", "MTP, CP2"],
+)
+def test_megatron_itself_differs(kind: str, layout, cluster: Cluster, reference) -> None:
+    """Why two rows have what they have: without it plain Megatron is not one rank's model.
+
+    ``models.sum_position_gradients`` for latent attention under tensor parallelism,
+    ``layouts.KINDS["MTP, two documents"]`` for context parallelism. Where this fails, Megatron has
+    mended it and the row can do without.
+    """
+    folder, one = reference(kind)
+    job = {"kind": KINDS[kind], "layout": layout, "load": folder}
+    many = cluster.run("tests.distributed.job:train_both", layout["world"], job)
+    _, plain = differences(one, many, "none")
+    assert 1e-4 < plain < 1e-2, f"gradient norm, plain Megatron: {plain:.1e}"
 
 
 def test_the_check_sees_a_wrong_connection(cluster: Cluster, reference) -> None:

@@ -13,12 +13,6 @@ pytestmark = pytest.mark.distributed
 JOB = {"kind": {}, "layout": {"world": 2, "pp": 2}}
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    with Cluster() as cluster:
-        yield cluster
-
-
 def groups(cluster: Cluster, **job):
     """name of every parameter on both ranks -> settings of its group."""
     ranks = cluster.run("tests.distributed.job:groups", 2, JOB | job)

@@ -53,12 +53,6 @@ CASES = {
 ABLATIONS = ("mixing_stream", "gradient_wait", "hop_streams", "open_end")
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    with Cluster() as cluster:
-        yield cluster
-
-
 def results(ranks) -> tuple:
     """Losses and gradient norms; of a layout's own ranks, so that they can be compared exactly."""
     return [(rank["loss"], rank["grad_norm"]) for rank in ranks]

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.cluster import Cluster
-
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with Cluster() as cluster:
-        yield cluster
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -40,12 +32,16 @@ def test_connections_stay_float32(cluster, dtype, distributed_optimizer, reduce_
     assert {t for types in seen["buffers"] for t in types} == {"float32", dtype}
 
 
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_checkpoints_resume(cluster, dtype, tmp_path) -> None:
-    """The distributed optimizer's state of mixed dtypes, saved and loaded."""
+def test_half_precision_checkpoints_resume(
+    cluster, dtype, distributed_optimizer, tmp_path
+) -> None:
+    """The optimizer's state of mixed dtypes, saved and loaded."""
     job = {
         "kind": {"dtype": dtype},
-        "layout": {"world": 2, "ddp": {"use_distributed_optimizer": True}},
+        "mhc": {"exit": "learned", "lr_mult": 0.5},
+        "layout": {"world": 2, "ddp": {"use_distributed_optimizer": distributed_optimizer}},
         "optimizer": {"loss_scale": 128.0 if dtype == "float16" else None},
         "sharding": "fully_reshardable",
     }

@@ -13,12 +13,6 @@ from tests.distributed.layouts import DISTRIBUTED_OPTIMIZER, KINDS, OVERLAPPED, 
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    with Cluster() as cluster:
-        yield cluster
-
-
 @dataclass(frozen=True)
 class Case:
     """A kind of model and a layout, mhc.recompute, and the L_r of each run of sublayers.
