@@ -164,6 +164,63 @@ def test_parameter_count_formula():
     assert with_hc - without == mhc.parameters(sublayers=4, hidden_size=C)
 
 
+def fused_model(monkeypatch, **changes):
+    """The model as on a GPU, where the read makes the sublayer's norm; here in the reference."""
+    from mhc_megatron import layer_spec
+
+    monkeypatch.setattr(layer_spec, "fuses_norm", lambda norm, mhc, config: mhc.fuse_norm)
+    gpt = model(MHCConfig(alpha=0.5, init="static"), transformer_config(**changes))
+    for layer in gpt.decoder.layers:
+        assert layer.attn_hc._norm and layer.mlp_hc._norm
+        with torch.no_grad():  # a weight of ones would hide that it is used
+            layer.input_layernorm.weight.copy_(torch.linspace(0.5, 2, C))
+            layer.pre_mlp_layernorm.weight.copy_(torch.linspace(2, 0.5, C))
+    return gpt
+
+
+def test_a_read_that_makes_the_norm_changes_no_value(monkeypatch):
+    fused = fused_model(monkeypatch)
+    apart = model(MHCConfig(alpha=0.5, init="static", fuse_norm=False))
+    apart.load_state_dict(fused.state_dict())  # the same names too
+    got, ours = losses_and_gradients(fused)
+    expected, gradients = losses_and_gradients(apart)
+    assert torch.allclose(got, expected, rtol=1e-6)
+    assert ours.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(ours[name], gradient, rtol=1e-4, atol=1e-7), name
+
+
+def test_the_norms_weight_is_gathered_before_the_read_uses_it(monkeypatch):
+    """Hooks on the norm, as overlap_param_gather's, run before the write that reads ahead."""
+    gpt = fused_model(monkeypatch)
+    expected = gpt(**batch()).detach()
+    ran = []
+    for layer in gpt.decoder.layers:
+        for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
+            weight = norm.weight.detach().clone()
+            norm.weight.data.zero_()
+
+            def gather(norm, inputs, weight=weight):
+                ran.append(norm)
+                norm.weight.data.copy_(weight)
+
+            norm.register_forward_pre_hook(gather)
+    assert torch.equal(gpt(**batch()), expected)
+    assert len(set(ran)) == 4
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"use_cpu_initialization": True}, "no GPU"),
+        ({"normalization": "LayerNorm"}, "no RMSNorm"),
+    ],
+)
+def test_what_no_kernel_norms_keeps_its_norm(changes, why):
+    gpt = model(MHCConfig(), transformer_config(**changes))
+    assert not any(layer.attn_hc._norm for layer in gpt.decoder.layers), why
+
+
 def test_dropout_is_megatrons():
     """p = 1 would drop every sublayer's output; in evaluation nothing is dropped."""
     gpt = model(MHCConfig(), transformer_config(hidden_dropout=0.5))
