@@ -149,6 +149,7 @@ def test_a_hang_prints_the_stacks_and_ends(config, tmp_path):
     assert attempt.verdict == "again" and attempt.reason.startswith("rank-0 made no progress")
 
 
+@pytest.mark.slow
 def test_a_bad_loss_is_skipped_where_that_is_the_policy(config, tmp_path):
     """Twice at the same iteration, from the same checkpoint; the third time it is left out."""
     run = tmp_path / "run"

@@ -173,6 +173,7 @@ def test_stopped_and_resumed_is_never_stopped_to_the_bit(sent, config, whole_run
     assert not different
 
 
+@pytest.mark.slow
 def test_bf16_resumes_to_the_bit(config, tmp_path):
     """Float32 connections in a bf16 model."""
     whole, run = tmp_path / "whole", tmp_path / "run"

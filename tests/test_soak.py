@@ -18,6 +18,7 @@ def check(folder, kills: int, ranks: int) -> None:
     assert len(soak.tensors(folder / "run")) > 40
 
 
+@pytest.mark.slow
 def test_two_kills(tmp_path):
     check(tmp_path, kills=2, ranks=1)
 

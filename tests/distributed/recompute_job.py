@@ -45,8 +45,8 @@ class _Watch:
     def __exit__(self, *error: object) -> None:
         training.step, recompute.Targets.drop = self._step, self._drop
 
-    def _see_step(self, model, optimizer, number: int):
-        loss, norm = self._step(model, optimizer, number)
+    def _see_step(self, model, *rest):
+        loss, norm = self._step(model, *rest)
         digest = hashlib.sha256(repr((loss, float(norm))).encode())
         for chunk in unwrap_model(model):
             for parameter in chunk.parameters():
