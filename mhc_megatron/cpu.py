@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch.distributed
 import torch.utils.data
+from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
 _mode: _CudaIsCpu | None = None
@@ -51,6 +53,9 @@ def enable() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _replace(torch._dynamo.config, "disable", True)  # the variable is read once, maybe before now
     _stand_in_for_cuda()
+    group = torch.distributed.ProcessGroup
+    gather = group.allgather_into_tensor_coalesced
+    _replace(group, "allgather_into_tensor_coalesced", _by_dtype(gather))
     _mode = _CudaIsCpu()
     _mode.__enter__()
     _stay_during_backward(_mode)
@@ -289,6 +294,30 @@ def _with_own_generator(init):
         init(self, *args, **kwargs)
 
     return own
+
+
+def _by_dtype(gather):
+    """``ProcessGroup.allgather_into_tensor_coalesced``, once for the tensors of each dtype.
+
+    gloo flattens all inputs into one tensor, which takes their widest dtype, and sends it as if it
+    had the first input's (pytorch issue 35671): bfloat16 and then float32 arrive scrambled, without
+    an error. Megatron gathers the weights so in every model chunk but the first, whose buckets are
+    one group (core/distributed/param_and_grad_buffer.py:504, :1707), and the connections' are
+    float32. NCCL sends each tensor as its own dtype.
+    """
+
+    @functools.wraps(gather)
+    def gather_each(group, outputs, inputs, *options: Any):
+        dtypes = dict.fromkeys(tensor.dtype for tensor in inputs)
+        if len(dtypes) < 2:
+            return gather(group, outputs, inputs, *options)
+        works = distributed_c10d._CoalescingManager()  # waits for all that it is given
+        for dtype in dtypes:
+            pairs = [pair for pair in zip(outputs, inputs, strict=True) if pair[1].dtype == dtype]
+            works.append(gather(group, *map(list, zip(*pairs)), *options))
+        return works
+
+    return gather_each
 
 
 def _nothing():

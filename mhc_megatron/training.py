@@ -382,7 +382,10 @@ def check_arguments(args: Namespace) -> None:
         )
     if not args.mock_data and get_blend_and_blend_per_split(args) == (None, None):
         raise UserError("no data: set data-path, or mock-data: true.")
-    check_recompute(args, MHCConfig(**args.mhc))
+    mhc, half = MHCConfig(**args.mhc), args.bf16 or args.fp16
+    check_recompute(args, mhc)
+    if half and mhc.enabled:
+        _check_reduction(args)
     tied = not args.untie_embeddings_and_output_weights
     if args.mtp_num_layers and args.pipeline_model_parallel_size > 1 and tied:
         # models/common/language_module/language_module.py:497 fails on every such save and load.
@@ -395,6 +398,27 @@ def check_arguments(args: Namespace) -> None:
             "hybrid-layer-pattern: Megatron's own hybrid layers need Transformer Engine; give spec "
             "a stack of others."
         )
+
+
+def _check_reduction(args: Namespace) -> None:
+    """An all-reduce of half-precision and float32 gradients at once, which torch refuses.
+
+    All buckets of a later model chunk are one group (core/distributed/param_and_grad_buffer.py
+    :1707); the distributed optimizer all-reduces it in these two cases (:702, :737). Its
+    reduce-scatter and its gather take several dtypes.
+    """
+    if args.accumulate_allreduce_grads_in_fp32 or not args.virtual_pipeline_model_parallel_size:
+        return
+    for name, used in (
+        ("num-distributed-optimizer-instances", args.num_distributed_optimizer_instances > 1),
+        ("save-wgrads-interval", args.save_wgrads_interval is not None),
+    ):
+        if used:
+            raise UserError(
+                f"mhc: {name} with several model chunks a rank reduces the connections' float32 "
+                "gradients together with half-precision ones, which torch refuses; set "
+                "accumulate-allreduce-grads-in-fp32: true, without grad-reduce-in-bf16."
+            )
 
 
 #: In what Megatron says when the distributed optimizer's state, saved in buckets

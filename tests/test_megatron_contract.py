@@ -42,6 +42,7 @@ PLAN = "core/models/common/model_chunk_schedule_plan.py"
 CALLABLES = "core/models/gpt/fine_grained_callables.py"
 MTP = "core/transformer/multi_token_prediction.py"
 OPTIMIZER = "core/optimizer/__init__.py"
+BUCKETS = "core/distributed/param_and_grad_buffer.py"
 
 RELIES_ON = [
     Reliance("layer_spec.py", LAYER, "def _forward_attention",
@@ -130,6 +131,13 @@ RELIES_ON = [
              "def get_parameter_state_dp_zero",
              "offset_in_world_tensors += gbuf_world_numel_unpadded",
              "what is gathered has no padding between buckets, close_bucket_gaps mends it"),
+    Reliance("cpu.py", BUCKETS, "def start_param_sync",
+             "with _coalescing_manager( self.intra_distributed_optimizer_instance_group, "
+             "async_ops=async_op ) as cm:",
+             "a group's weights of all dtypes are gathered at once, which gloo scrambles"),
+    Reliance("cpu.py", BUCKETS, "def partition_buckets",
+             "if force_single_bucket_group: buckets = []",
+             "all buckets of a later model chunk are one group"),
     Reliance("overlap.py", PLAN, "class TransformerLayerSchedulePlan",
              "b_grad = b_layer.mtp_post_process.backward(b_grad) "
              "b_grad = b_layer.moe_combine.backward(b_grad)",

@@ -71,3 +71,27 @@ def test_a_layer_that_is_none_of_megatrons() -> None:
     block = TransformerBlockSubmodules(layer_specs=[ModuleSpec(module=torch.nn.Linear)])
     with pytest.raises(UserError, match="Linear"):
         mhc_layer_spec(block, config(), MHCConfig())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_distributed_optimizer_instances": 2}, {"save_wgrads_interval": 10}], ids=str
+)
+def test_an_all_reduce_of_two_dtypes(changes) -> None:
+    from argparse import Namespace
+
+    from mhc_megatron.training import _check_reduction
+
+    plain = {
+        "accumulate_allreduce_grads_in_fp32": False,
+        "virtual_pipeline_model_parallel_size": 2,
+        "num_distributed_optimizer_instances": 1,
+        "save_wgrads_interval": None,
+    }
+    _check_reduction(Namespace(**plain))
+    for allowed in (
+        {"accumulate_allreduce_grads_in_fp32": True},
+        {"virtual_pipeline_model_parallel_size": None},
+    ):
+        _check_reduction(Namespace(**plain | changes | allowed))
+    with pytest.raises(UserError, match="set accumulate-allreduce-grads-in-fp32"):
+        _check_reduction(Namespace(**plain | changes))
