@@ -112,7 +112,10 @@ def test_any_layout_loads_an_imported_model(
         )
 
 
-@pytest.mark.parametrize("changes", [[], ["lr_mult=0.5", "phi_weight_decay=0", "exit=learned"]])
+OWN_SETTINGS = ["lr_mult=0.5", "phi_weight_decay=0", "exit=learned"]
+
+
+@pytest.mark.parametrize("changes", [[], pytest.param(OWN_SETTINGS, marks=pytest.mark.slow)])
 def test_an_upcycled_run_goes_on(launcher, tmp_path: Path, changes: list[str]) -> None:
     """A residual run of 8 steps, saved after 4; upcycled there, it resumes with the optimizer's
     state: the same losses to rounding at the first step, close to them later."""

@@ -151,7 +151,9 @@ def test_it_learns_and_says_so(whole_run):
     assert list((whole_run / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_stopped_and_resumed_is_never_stopped_to_the_bit(sent, config, whole_run, tmp_path):
     run = tmp_path / "run"
     sent_at: list[float] = []
@@ -191,6 +193,7 @@ def test_bf16_resumes_to_the_bit(config, tmp_path):
         assert seen[0] == seen[1]
 
 
+@pytest.mark.slow
 def test_with_recompute_it_is_the_same_run(config, whole_run, tmp_path):
     """Blocks of three sublayers, then of what suits best: every weight as without, to the bit."""
     run = tmp_path / "run"

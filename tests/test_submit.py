@@ -172,7 +172,7 @@ def test_no_sbatch_here(capsys, tmp_path, monkeypatch):
 def environment(profile: str, **given: str) -> dict[str, str]:
     """What launch/env.sh leaves behind."""
     result = subprocess.run(
-        ["bash", "-c", f"set -u; USER=me; source {ROOT}/launch/env.sh {profile} && env -0"],
+        ["bash", "-c", f"set -u; USER=me; source '{ROOT}/launch/env.sh' {profile} && env -0"],
         env={"PATH": os.environ["PATH"], **given}, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -183,7 +183,8 @@ def test_environment_of_each_profile():
     assert environment("h100")["NCCL_IB_TIMEOUT"] == "22"
     assert environment("h800", NCCL_IB_TIMEOUT="18")["NCCL_IB_TIMEOUT"] == "18"
     assert "NCCL_DEBUG" not in environment("cpu")
-    wrong = subprocess.run(["bash", "-c", f"source {ROOT}/launch/env.sh v100"], capture_output=True)
+    command = f"source '{ROOT}/launch/env.sh' v100"
+    wrong = subprocess.run(["bash", "-c", command], capture_output=True)
     assert wrong.returncode == 2
 
 

@@ -71,7 +71,13 @@ MOVES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("move", MOVES)
+#: Moves that others of the table cover in their parts.
+SLOW = ("MoE: EP2 to EP2, PP2", "TP2, SP, DP2 to PP2")
+
+
+@pytest.mark.parametrize(
+    "move", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in MOVES]
+)
 def test_resume_in_another_layout(move: str, cluster: Cluster, tmp_path) -> None:
     kind, source, target, settings = MOVES[move]
     job = {"kind": KINDS[kind], **settings}

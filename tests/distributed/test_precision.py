@@ -33,7 +33,7 @@ def test_connections_stay_float32(cluster, dtype, distributed_optimizer, reduce_
 
 
 @pytest.mark.parametrize("distributed_optimizer", [False, True])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision_checkpoints_resume(
     cluster, dtype, distributed_optimizer, tmp_path
 ) -> None:
