@@ -429,7 +429,6 @@ def _keeping_the_step(set_states):
     """
 
     @functools.wraps(set_states)
-    @torch.no_grad()
     def set_others(self, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]

@@ -216,8 +216,30 @@ def number_float32_parameters() -> None:
     optimizer.sharded_state_dict, optimizer.load_state_dict = collect_all, load_all
 
 
+def load_float32_parameters() -> None:
+    """Let the distributed optimizer load the state of float32 parameters.
+
+    Its shard of one is a view of the parameter itself, which requires a gradient
+    (core/optimizer/distrib_optimizer.py:467 of Megatron 0.19.2), and torch refuses the copy into it
+    (:1225) unless gradients are off: they are for the other formats (:2095), not for the default
+    one, ``dp_reshardable`` (:2061). Once a process.
+    """
+    own = DistributedOptimizer._set_main_param_and_optimizer_states
+    if getattr(own, "without_gradients", False):
+        return
+
+    @functools.wraps(own)
+    def set_states(self, *args, **kwargs):
+        with torch.no_grad():
+            return own(self, *args, **kwargs)
+
+    set_states.without_gradients = True
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
 def mend_checkpoints() -> None:
     """What Megatron's optimizers need to save and load the connections' state in every layout."""
+    load_float32_parameters()
     close_bucket_gaps()
     load_across_expert_layouts()
     number_float32_parameters()
