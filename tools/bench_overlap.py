@@ -192,6 +192,7 @@ def emulation(options: argparse.Namespace, out: Path) -> tuple[dict[str, Any], l
         "rows": rows,
     }
     lines = table(rows, shape, options, engine, expert_ms)
+    print("\n".join(lines), flush=True)  # before the profiler, which takes a while
     try:
         if not cpu:
             result["timeline"] = timeline(options, out, model, example, wires, shape)
