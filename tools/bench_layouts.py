@@ -49,6 +49,7 @@ _VARIABLES = {
     "NVSHMEM_DISABLE_NVLS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
     "PYTHONUNBUFFERED": "1",
+    "OMP_NUM_THREADS": "1",  # as torchrun sets it
 }
 PARTS = ("overlap", "training", "layouts")
 #: Largest trace that is kept, in bytes.
@@ -84,7 +85,12 @@ def main() -> int:
     options.until = _START + 60 * options.minutes
     with tempfile.TemporaryDirectory(prefix="layouts-") as scratch:
         options.scratch, options.log = Path(scratch), Path(scratch, "log.txt")
-        return _all(options)
+        options.crew = None
+        try:
+            return _all(options)
+        finally:
+            if options.crew is not None:
+                options.crew.close()
 
 
 def _parser() -> Parser:
@@ -96,8 +102,8 @@ def _parser() -> Parser:
     add("--gpus", type=int, help="the first so many (default all; two processes on a CPU)")
     add("--minutes", type=float, default=7.0, help="for everything (default 7)")
     add("--parts", default=",".join(PARTS), help="comma-separated, in their order")
-    add("--overlap-seconds", type=float, default=120.0)
-    add("--training-seconds", type=float, default=130.0)
+    add("--overlap-seconds", type=float, default=155.0)
+    add("--training-seconds", type=float, default=115.0)
     add("--row-seconds", type=float, default=45.0, help="of a row of the layouts")
     add("--layers", type=int, default=4, help="of the training slice")
     add("--tokens", type=int, default=8192, help="of the training slice, a GPU")
@@ -202,12 +208,13 @@ def overlap(options: argparse.Namespace, found: dict[str, Any]) -> None:
     found["layouts"], errors = {}, []
     end = time.monotonic() + _left(options, options.overlap_seconds)
     for index in range(count):
-        seconds = (end - time.monotonic()) / (count - index)
+        # The first of two has fewer rows, and leaves the other what it does not need.
+        seconds = (end - time.monotonic()) * (1 if index == count - 1 else 0.45)
         folder = options.scratch / f"overlap-{index}"
         command = [str(_ROOT / "tools" / "bench_overlap.py"), "--out", str(folder)]
-        command += ["--layout", str(index), "--device", options.device, "--rounds", "4"]
-        # Half of it for the start; the profile of a row that began goes on to its end.
-        command += ["--seconds", f"{0.8 * seconds:.0f}"]
+        command += ["--layout", str(index), "--device", options.device, "--rounds", "3"]
+        # A round or a profile that began goes on to its end.
+        command += ["--seconds", f"{0.85 * seconds:.0f}"]
         if options.quick:
             command.append("--quick")
         error = ranks.run(
@@ -234,6 +241,8 @@ def overlap(options: argparse.Namespace, found: dict[str, Any]) -> None:
 def training(options: argparse.Namespace, found: dict[str, Any]) -> None:
     """The slice on one GPU, then on all; with half of the tokens where those do not fit."""
     end = time.monotonic() + _left(options, options.training_seconds)
+    if options.device == "cuda" and "layouts" in options.parts:
+        _crew(options)
     tokens, error = options.tokens, ""
     for attempt in range(2):
         one, error = _slice(options, 1, tokens, end)
@@ -351,14 +360,8 @@ def _percent(share: float | None) -> str:
 def layouts(options: argparse.Namespace, found: dict[str, Any]) -> None:
     """All rows that there is time for, each beside its reference on one GPU."""
     from layouts_bench import plan
-    from layouts_bench.crew import Crew
 
     entries = plan.entries(options.gpus, options.quick)
-    slow = 4 if options.device == "cpu" else 1
-    crew = Crew(
-        options.gpus, options.device, options.log, slow * options.row_seconds,
-        first=slow * 90, spare=options.device == "cuda",
-    )  # fmt: skip
     rows: list[dict[str, Any]] = []
     outcomes: dict[str, Any] = {}
 
@@ -372,7 +375,7 @@ def layouts(options: argparse.Namespace, found: dict[str, Any]) -> None:
             line = f"reference {task.name}: {outcome.error or f'{outcome.seconds:.1f} s'}"
         print(f"[{time.monotonic() - _START:4.0f} s] {line[:180]}", flush=True)
 
-    with crew:
+    with _crew(options) as crew:
         crew.run(_tasks(options, entries), options.until - 8, done)
     told = {row["name"] for row in rows}
     skipped = [entry.name for entry in entries if entry.name not in told]
@@ -383,6 +386,19 @@ def layouts(options: argparse.Namespace, found: dict[str, Any]) -> None:
     }  # fmt: skip
     found["lines"] += _layouts_table(rows, skipped)
     found["failed"] = any(not row["ok"] for row in rows) or not rows
+
+
+def _crew(options: argparse.Namespace):
+    """The processes of the layouts; made once, maybe before their turn, as imports take long."""
+    from layouts_bench.crew import Crew
+
+    if options.crew is None:
+        slow = 4 if options.device == "cpu" else 1
+        options.crew = Crew(
+            options.gpus, options.device, options.log, slow * options.row_seconds,
+            first=slow * 75, spare=options.device == "cuda",
+        )  # fmt: skip
+    return options.crew
 
 
 def _tasks(options: argparse.Namespace, entries: list) -> list:

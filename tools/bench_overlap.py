@@ -1,7 +1,7 @@
 """What the overlap schedule hides, piece by piece.
 
     python tools/bench_overlap.py --out runs/overlap            # one GPU, an emulated wire
-    torchrun --nproc-per-node 4 tools/bench_overlap.py --out runs/overlap     # NCCL, EP2 x PP2 x VPP2
+    torchrun --nproc-per-node 4 tools/bench_overlap.py --out runs/overlap     # over NCCL
     python tools/bench_overlap.py --device cpu --quick          # a test of the bench itself
 
 One GPU: a chunk of a middle pipeline stage in a steady state (``overlap_bench/slots.py``), the
@@ -314,9 +314,9 @@ def pipeline(options: argparse.Namespace, out: Path) -> tuple[dict[str, Any], li
     ]
     for layout in chosen:
         models = Models(shape_of(options), layout, options.device == "cpu")
-        rows = turns(options, models)
+        rows: dict[str, dict[str, Any]] = {}
         result[layout.name] = {"what": models.describe(), "rows": rows}
-        _save(out, result)
+        turns(options, models, rows, lambda: _save(out, result))
         profiles(options, out, models, rows)
         _save(out, result)
         lines += nccl_table(models.describe(), rows)
@@ -324,11 +324,11 @@ def pipeline(options: argparse.Namespace, out: Path) -> tuple[dict[str, Any], li
     return result, lines
 
 
-def turns(options: argparse.Namespace, models) -> dict[str, dict[str, Any]]:
-    """Row -> milliseconds of its steps; a row that raised has its error instead."""
+def turns(options: argparse.Namespace, models, found: dict[str, Any], save: Callable) -> None:
+    """Add every row's milliseconds to ``found``, round by round, or why there are none."""
     from overlap_bench.pipeline import rows
 
-    found: dict[str, dict[str, Any]] = {row.name: {"steps": []} for row in rows(models.layout)}
+    found |= {row.name: {"steps": []} for row in rows(models.layout)}
     for i in range(1 + (2 if options.quick else options.rounds)):
         if i > 1 and _late(options):
             break
@@ -344,10 +344,8 @@ def turns(options: argparse.Namespace, models) -> dict[str, dict[str, Any]]:
                 continue
             if i > 0:  # the first round warms up
                 of["steps"].append(ms)
-    for of in found.values():
-        if of["steps"]:
-            of["ms"] = statistics.median(of["steps"])
-    return found
+                of["ms"] = statistics.median(of["steps"])
+        save()
 
 
 def profiles(options: argparse.Namespace, out: Path, models, found: dict[str, Any]) -> None:

@@ -107,7 +107,8 @@ class Crew:
         gpus: how many.
         device: cuda or cpu.
         log: file for what the workers print.
-        seconds: that a job may take; a worker's first one, which compiles, ``first`` more.
+        seconds: that a job may take.
+        first: what a worker's first job may take more: it imports, and the crew's first compiles.
         spare: whether a second process a GPU waits for the first one's end.
     """
 
@@ -122,12 +123,16 @@ class Crew:
         self._free = [self._start(gpu) for gpu in range(gpus)]
         self._spares = [self._start(gpu) for gpu in range(gpus)] if spare else []
         self._running: list[_Running] = []
-        self._count = 0
+        self._count, self._compiled = 0, False
 
     def __enter__(self) -> Crew:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all processes; more than once does no harm."""
         for run in self._running:
             self._free += run.workers
         for worker in self._free + self._spares:
@@ -177,10 +182,13 @@ class Crew:
             self._give(task, until)
 
     def _give(self, task: Task, until: float) -> None:
+        self._free = [self._alive(worker) for worker in self._free]
         self._free.sort(key=lambda worker: worker.gpu)
         workers, self._free = self._free[: task.world], self._free[task.world :]
         self._count += 1
-        limit = self.seconds + (self.first if any(not w.used for w in workers) else 0)
+        limit = self.seconds
+        if any(not worker.used for worker in workers):
+            limit += min(self.first, 30) if self._compiled else self.first
         now = time.monotonic()
         run = _Running(task, workers, now, min(until, now + limit))
         self._running.append(run)
@@ -217,6 +225,7 @@ class Crew:
         if len(run.answers) == len(run.workers):
             self._running.remove(run)
             self._free += run.workers
+            self._compiled = True
             return Outcome([run.answers[r][1] for r in range(len(run.workers))], "", seconds)
         if time.monotonic() > run.deadline:
             self._break(run)
@@ -227,13 +236,19 @@ class Crew:
     def _break(self, run: _Running) -> None:
         """End the job's processes and put others in their place."""
         self._running.remove(run)
-        for worker in run.workers:
-            worker.end()
-            spare = next((other for other in self._spares if other.gpu == worker.gpu), None)
-            if spare is not None:
-                self._spares.remove(spare)
-                self._spares.append(self._start(worker.gpu))
-            self._free.append(spare or self._start(worker.gpu))
+        self._free += [self._instead(worker) for worker in run.workers]
+
+    def _alive(self, worker: Worker) -> Worker:
+        return worker if worker.process.poll() is None else self._instead(worker)
+
+    def _instead(self, worker: Worker) -> Worker:
+        worker.end()
+        spare = next((other for other in self._spares if other.gpu == worker.gpu), None)
+        if spare is None:
+            return self._start(worker.gpu)
+        self._spares.remove(spare)
+        self._spares.append(self._start(worker.gpu))
+        return spare
 
     def _start(self, gpu: int) -> Worker:
         return Worker(gpu, self.device, self._store.port, self._log)

@@ -14,6 +14,7 @@ import datetime
 import gc
 import os
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ for _path in (str(_ROOT / "tools"), str(_ROOT / "kernels"), str(_ROOT)):
 
 #: Seconds after which NCCL or gloo gives a collective up.
 COLLECTIVE_SECONDS = 120
+#: Seconds for the end of a job's groups.
+TIDY_SECONDS = 10
 
 
 def main() -> None:
@@ -52,18 +55,19 @@ def main() -> None:
         except cluster.RankError:
             os._exit(0)
         try:
-            answer = False, run(options, job, key, rank, world, work)
+            answer, clean = (False, run(options, job, key, rank, world, work)), tidied(options)
         except BaseException:
-            answer = True, traceback.format_exc()
+            answer, clean = (True, traceback.format_exc()), False
             print(answer[1], file=sys.stderr, flush=True)
         cluster._send(answers, answer)
+        if not clean:
+            os._exit(1)  # another process takes the GPU
 
 
 def run(options: argparse.Namespace, jobs, key: str, rank: int, world: int, work: dict[str, Any]):
     """The job's result on this rank."""
     import torch
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     if options.device == "cuda":
         torch.cuda.set_device(options.gpu)
@@ -85,10 +89,28 @@ def run(options: argparse.Namespace, jobs, key: str, rank: int, world: int, work
         result = jobs.train_both(work)
     dist.barrier()
     gc.collect()
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
-    forget()
     return result
+
+
+def tidied(options: argparse.Namespace) -> bool:
+    """Whether the job's groups and models are gone; a result is not lost because they are not."""
+    done = threading.Event()
+
+    def tidy() -> None:
+        import torch
+        import torch.distributed as dist
+        from megatron.core import parallel_state
+
+        if options.device == "cuda":
+            torch.cuda.set_device(options.gpu)
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+        forget()
+        done.set()
+
+    # NCCL's end of a communicator waits for the other rank's.
+    threading.Thread(target=tidy, daemon=True).start()
+    return done.wait(TIDY_SECONDS)
 
 
 class untouched:
