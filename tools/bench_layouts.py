@@ -308,10 +308,11 @@ def _read_links(folder: Path, result: dict[str, Any]) -> None:
     from dataclasses import asdict
 
     from overlap_bench.exposed import links
+    from training_bench.trace import file_name
 
     for group in result["groups"]:
         for column in group["columns"]:
-            path = folder / f"trace-{group['precision']}-{column['label']}.json.gz"
+            path = folder / file_name(group["precision"], column["label"])
             if path.exists():
                 column["links"] = asdict(links(path))
 
@@ -321,7 +322,7 @@ def _training_table(options, one: dict[str, Any] | None, many: dict[str, Any] | 
     if one or many:
         lines.append((one or many)["model"])
     lines.append(
-        f"{'':14s}{'step ms':>10s}{'tokens/s':>12s}{'added, step':>13s}{'kernels ms':>12s}"
+        f"{'':32s}{'step ms':>10s}{'tokens/s':>12s}{'added, step':>13s}{'kernels ms':>12s}"
         f"{'added, kern.':>13s}{'NCCL ms':>9s}{'exposed':>9s}{'efficiency':>12s}"
     )
     rates = {c["label"]: c.get("tokens_per_s") for c in _columns(one)}
@@ -342,7 +343,7 @@ def _training_table(options, one: dict[str, Any] | None, many: dict[str, Any] | 
             ]
             if world > 1 and rates.get(c["label"]):
                 cells.append(f"{100 * c['tokens_per_s'] / rates[c['label']]:10.1f} %")
-            lines.append(f"{c['label'] + ', ' + name:14s}{''.join(cells)}")
+            lines.append(f"{c['label'] + ', ' + name:32s}{''.join(cells)}")
     return lines
 
 

@@ -184,7 +184,7 @@ def job(entry: Entry, device: str) -> dict[str, Any]:
 
 def reference(entry: Entry, device: str) -> dict[str, Any]:
     """The same model on one rank, whose initial weights all rows of its kind begin with."""
-    return job(entry, device) | {"layout": {}, "mhc": {}}
+    return job(entry, device) | {"layout": {}, "mhc": {}, "deterministic": True}
 
 
 def family(entry: Entry) -> str:
