@@ -33,13 +33,17 @@ class Links:
         return astuple(self)
 
 
-def links(path: Path) -> Links:
-    """Of a trace that torch.profiler exported (.json.gz)."""
+def links(path: Path, after_barrier: bool = False) -> Links:
+    """Of a trace that torch.profiler exported (.json.gz).
+
+    ``after_barrier``: the first of NCCL's kernels is a barrier's; what counts begins after it, as
+    ranks start their profilers at different times.
+    """
     with gzip.open(path, "rt", encoding="utf-8", errors="replace") as f:
-        return links_of(json.load(f, strict=False)["traceEvents"])
+        return links_of(json.load(f, strict=False)["traceEvents"], after_barrier)
 
 
-def links_of(events: Iterable[dict[str, Any]]) -> Links:
+def links_of(events: Iterable[dict[str, Any]], after_barrier: bool = False) -> Links:
     """Of a trace's events."""
     wire: list[Interval] = []
     work: list[Interval] = []
@@ -48,6 +52,9 @@ def links_of(events: Iterable[dict[str, Any]]) -> Links:
             # ncclDevKernel_SendRecv, ncclDevKernel_AllReduce_Sum_f32_RING_LL, ...
             kind = wire if event["name"].startswith("nccl") else work
             kind.append((event["ts"], event["ts"] + event["dur"]))
+    if after_barrier and wire:
+        _, start = min(wire)
+        wire, work = ([span for span in kind if span[0] >= start] for kind in (wire, work))
     wire, work = merged(wire), merged(work)
     ends = [edge for interval in wire + work for edge in interval]
     nccl = length(wire)

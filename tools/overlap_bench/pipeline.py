@@ -167,6 +167,10 @@ class Models:
 
     def step(self, row: Row) -> float:
         """Milliseconds of a step, forward and backward; the slowest rank's."""
+        return _over_ranks(self._run(row), max)
+
+    def _run(self, row: Row) -> float:
+        """This rank's milliseconds; all begin when the last one is ready."""
         models = self._built[row.residual, row.overlapped]
         if not row.residual:
             leave_out(models, row.without)
@@ -186,7 +190,7 @@ class Models:
         ms = host_time() - begin
         for model in models:
             model.zero_grad(set_to_none=True)
-        return _over_ranks(ms, max)
+        return ms
 
     def profiled(self, row: Row, keep: Path | None) -> Links:
         """What the links did in a step, the mean over ranks; rank 0's trace goes to ``keep``."""
@@ -195,9 +199,9 @@ class Models:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "trace.json.gz")
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-                self.step(row)
+                self._run(row)
             profiler.export_chrome_trace(str(path))
-            found = links(path)
+            found = links(path, after_barrier=True)
             if keep is not None and dist.get_rank() == 0:
                 keep.write_bytes(path.read_bytes())
         return Links(*(_over_ranks(value, statistics.fmean) for value in found.values()))
