@@ -86,7 +86,8 @@ def train_both(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
         folders = {
             key: os.path.join(job[key], variant) for key in ("load", "save_initial") if key in job
         }
-        results[variant] = train(job | folders | {"mhc": {"variant": variant}})
+        chosen = job.get("mhc", {}) if variant == "mhc" else {}
+        results[variant] = train(job | folders | {"mhc": chosen | {"variant": variant}})
     return results
 
 
