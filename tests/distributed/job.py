@@ -86,7 +86,8 @@ def train_both(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
         folders = {
             key: os.path.join(job[key], variant) for key in ("load", "save_initial") if key in job
         }
-        results[variant] = train(job | folders | {"mhc": {"variant": variant}})
+        chosen = job.get("mhc", {}) if variant == "mhc" else {}
+        results[variant] = train(job | folders | {"mhc": chosen | {"variant": variant}})
     return results
 
 
@@ -107,7 +108,7 @@ def stir(model: list[torch.nn.Module]) -> None:
         for module in chunk.modules():
             if isinstance(module, HyperConnection):
                 generator = torch.Generator().manual_seed(module.index)
-                module.bias.add_(torch.randn(module.bias.shape, generator=generator))
+                module.bias.add_(torch.randn(module.bias.shape, generator=generator).cuda())
 
 
 def make_optimizer(job, model, ddp, mhc):
@@ -167,6 +168,7 @@ def forward_step(
         "position_ids": torch.arange(SEQUENCE)[None],
     }
     batch["loss_mask"][:, list(unscored)] = 0
+    batch = {name: tensor.cuda() for name, tensor in batch.items()}
     if parallel_state.get_context_parallel_world_size() > 1:
         batch = get_batch_on_this_cp_rank(
             batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()

@@ -101,9 +101,11 @@ def initialize(kind: dict[str, Any], layout: dict[str, Any]) -> None:
             tied=model.share_embeddings_and_output_weights,
         ),
     )
-    if layout.get("cp", 1) > 1:
+    # Of Megatron's own layers; Transformer Engine's need neither.
+    own_layers = model.transformer.transformer_impl == "local"
+    if own_layers and layout.get("cp", 1) > 1:
         gather_context()
-    latent = getattr(model.transformer, "multi_latent_attention", False)
+    latent = own_layers and getattr(model.transformer, "multi_latent_attention", False)
     if latent and layout.get("tp", 1) > 1 and layout.get("whole_position_gradient", True):
         sum_position_gradients(model.transformer)
 
@@ -134,7 +136,7 @@ def model_config(
     # Megatron's own flag wants half precision and several expert-parallel ranks
     # (transformer_config.py:2680); nothing that it turns on needs either.
     config.overlap_moe_expert_parallel_comm |= overlap
-    if hybrid:
+    if hybrid and config.transformer_impl == "local":
         own["hybrid_stack_spec"] = hybrid_spec(config)
     return model_class(
         transformer=config, vocab_size=VOCABULARY, seq_length=SEQUENCE, mhc=mhc, **own
@@ -233,7 +235,8 @@ def gather_context() -> None:
         group = parallel_state.get_context_parallel_group()
         key, value = _Gather.apply(key, group), _Gather.apply(value, group)
         cp, rank, piece = group.size(), group.rank(), query.shape[0] // 2
-        pieces = [torch.arange(i * piece, (i + 1) * piece) for i in range(2 * cp)]
+        tokens = torch.arange(2 * cp * piece, device=query.device)
+        pieces = tokens.chunk(2 * cp)
         columns = torch.cat([p for r in range(cp) for p in (pieces[r], pieces[2 * cp - 1 - r])])
         rows = torch.cat([pieces[rank], pieces[2 * cp - 1 - rank]])
         mask = (rows[:, None] < columns[None, :])[None, None]
