@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import os
 import time
+import types
 from typing import Any
 
 import torch
@@ -334,8 +335,10 @@ class _NoMemory(dict):
 
 def _patch_megatron() -> None:
     """The few places in Megatron that no stand-in of ``torch.cuda`` reaches."""
+    from megatron.core.extensions import transformer_engine
     from megatron.core.models.hybrid import hybrid_block
     from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.pipeline_parallel.fine_grained_activation_offload import ChunkOffloadHandler
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer import dot_product_attention, mla_qk_norm_config, torch_norm
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -357,6 +360,15 @@ def _patch_megatron() -> None:
     _replace(megatron_random, "FP8GlobalStateManager", _NoFP8)
     for name in ("fp8_autocast", "activation_recompute_forward"):
         _replace(megatron_random, name, lambda **kwargs: contextlib.nullcontext())
+    # pipeline_parallel/fine_grained_activation_offload.py:794 tells Transformer Engine when it
+    # offloads, and :965 takes what lies on a GPU; here memory is moved to other memory, and what
+    # is moved is given back as there.
+    _replace(transformer_engine, "cpu_offload", types.SimpleNamespace(CPUOffloadEnabled=False))
+    _replace(
+        ChunkOffloadHandler,
+        "_can_manage_tensor_for_offload",
+        staticmethod(lambda tensor: not isinstance(tensor, torch.nn.Parameter)),
+    )
     # transformer/multi_latent_attention.py names the channels of keys and values, which only
     # Transformer Engine's attention takes (dot_product_attention.py:46).
     attention = dot_product_attention.DotProductAttention

@@ -185,6 +185,13 @@ RELIES_ON = [
     Reliance("optimizer.py", "core/optimizer/distrib_optimizer.py", "class DistributedOptimizer",
              "param_groups_map[needed_groups] = param_group",
              "groups of a checkpoint are found by their settings, the last of equal ones counts"),
+    Reliance("optimizer.py", "core/optimizer/distrib_optimizer.py", "class DistributedOptimizer",
+             'steps = list(set([s["step"].item() for s in inner_state_dict["state"].values()])) '
+             "assert len(steps) == 1",
+             "an optimizer without a parameter has no step, save_without_parameters gives it one"),
+    Reliance("optimizer.py", "core/optimizer/optimizer.py", "class FP32Optimizer",
+             "state_dict['state']['common_step'] = step",
+             "the step of others than the distributed optimizer, _agree_on_step looks for it"),
     Reliance("optimizer.py", "core/optimizer/optimizer.py", "", "'is_expert_parallel',",
              "one of these settings says which optimizer of a chain a group is from"),
     Reliance("optimizer.py", "core/optimizer/optimizer.py",

@@ -93,6 +93,24 @@ def selective(*modules: str) -> dict[str, Any]:
     return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
 
+def offload(*modules: str) -> dict[str, Any]:
+    """Fine-grained activation offload of the inputs of ``modules``, however small."""
+    return {
+        "fine_grained_activation_offloading": True,
+        "offload_modules": list(modules),
+        "min_offloaded_tensor_size": 0,
+    }
+
+
+def flex(backend: str) -> dict[str, Any]:
+    """The flex dispatcher, through deep_ep_on_gloo.py."""
+    return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend,
+            "moe_router_dtype": "fp32"}
+
+
+ATTENTION = ("qkv_linear", "core_attn", "attn_proj")
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table.
@@ -168,6 +186,15 @@ ROWS: list[Row] = [
     _row("MoE alltoall", "selective recompute: moe", 1, tolerance=0, **selective("moe")),
     _row("MoE alltoall", "selective recompute: layernorm", 1, tolerance=0,
          **selective("layernorm")),
+    # Offload. (Attention's sums change their order: what comes back is contiguous.)
+    _row("dense", "offload of attention", 1, **offload(*ATTENTION)),
+    _row("dense, 8 layers", "offload of attention, PP2, VPP2", 2, pp=2, vp=2,
+         **offload(*ATTENTION)),
+    _row("dense", "offload of attention, TP2, SP, PP2", 4, tp=2, sp=True, pp=2, slow=True,
+         **offload(*ATTENTION)),
+    _row("MLA, MoE", "offload of attention, moe recomputed, EP2, PP2", 4, ep=2, pp=2, slow=True,
+         **offload(*ATTENTION), **selective("moe")),
+    _row("hybrid *-", "offload of attention", 1, slow=True, **offload(*ATTENTION)),
     # Kinds.
     _row("tied embeddings", "PP2", 2, pp=2),
     _row("tied embeddings", "TP2, SP, PP2, VPP2", 4, tp=2, sp=True, pp=2, vp=2),
@@ -195,6 +222,14 @@ ROWS: list[Row] = [
     _row("MoE alltoall", "EP4, distributed optimizer, overlaps", 4, ep=4, **OVERLAPPED),
     _row("MoE allgather", "EP2", 2, ep=2),
     _row("MoE allgather", "TP2, SP, EP2, expert TP2", 4, tp=2, sp=True, ep=2, etp=2),
+    _row("MoE, shared expert, loss-free balancing", "flex (DeepEP's interface), EP2", 2, ep=2,
+         **flex("deepep")),
+    _row("MoE, shared expert, loss-free balancing", "flex (HybridEP's interface), EP2, PP2", 4,
+         ep=2, pp=2, slow=True, **flex("hybridep")),
+    _row("MoE alltoall", "flex (DeepEP's interface), TP2, SP, EP2, expert TP2", 4, tp=2, sp=True,
+         ep=2, etp=2, slow=True, **flex("deepep")),
+    _row("MoE alltoall", "flex (HybridEP's interface), TP2, SP, EP2", 2, tp=2, sp=True, ep=2, etp=1,
+         **flex("hybridep")),
     _row("MoE, shared expert, loss-free balancing", "EP2, PP2", 4, ep=2, pp=2),
     _row("MoE, shared expert, loss-free balancing", "TP2, SP, EP2", 2, tp=2, sp=True, ep=2, etp=1),
     _row("MoE, auxiliary loss", "EP2, PP2", 4, ep=2, pp=2),

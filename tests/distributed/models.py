@@ -48,6 +48,7 @@ from mhc_megatron.training import (
     MHCModelBuilder,
     MHCModelConfig,
 )
+from tests.distributed import deep_ep_on_gloo
 from tests.distributed.data import SEQUENCE, VOCABULARY
 
 BASE: dict[str, Any] = {
@@ -93,6 +94,8 @@ def initialize(kind: dict[str, Any], layout: dict[str, Any]) -> None:
     """Model-parallel groups."""
     sizes = {PARALLEL[k]: v for k, v in layout.items() if k in PARALLEL and k != "sp"}
     model = model_config(kind, layout, MHCConfig())
+    if model.transformer.moe_token_dispatcher_type == "flex":
+        deep_ep_on_gloo.install()
     parallel_state.initialize_model_parallel(
         **sizes,
         get_embedding_ranks=functools.partial(

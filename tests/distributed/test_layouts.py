@@ -71,6 +71,8 @@ def test_layout_equals_one_rank(row: Row, cluster: Cluster, reference, records) 
         "grad_norm": many[0]["mhc"]["grad_norm"],
     }
     for variant in ("mhc", "none"):
+        moved = set(many[0][variant]["offloaded"])
+        assert moved == set(row.settings.get("offload_modules", ())), moved
         errors = loss_error, norm_error = differences(one, many, variant)
         record[variant] = {"loss_error": loss_error, "grad_norm_error": norm_error}
         assert all(map(_is_finite, errors)), f"{variant}: {many[0][variant]}"
