@@ -120,14 +120,12 @@ def megatron_model(folder: Path, mhc=None, **changes):
     """The model of a converted checkpoint, built by the run's own builder, weights loaded."""
     from megatron.core import dist_checkpointing
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import gpt_config_from_args
 
     from mhc_megatron.checkpoint.torch_dist import resolve
-    from mhc_megatron.training import MHCModelBuilder, MHCModelConfig
+    from mhc_megatron.training import MHCModelBuilder, model_config_from_args
 
     args, mhc = megatron_args(folder, mhc, **changes)
-    config = gpt_config_from_args(args, model_config_cls=MHCModelConfig)
-    config.mhc = mhc
+    config = model_config_from_args(args, mhc)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = MHCModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
     path = str(resolve(folder))

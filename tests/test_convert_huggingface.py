@@ -24,6 +24,7 @@ from mhc_megatron.checkpoint.recipes import Recipe
 from mhc_megatron.checkpoint.torch_dist import TorchDistSource
 from mhc_megatron.checkpoint.upcycle import SYMMETRIES, mirror, torch_dist_plan, upcycled_bias
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.errors import UserError
 from tools.convert_checkpoint import main
 
 FAMILIES = ["llama", "qwen2", "qwen3", "deepseek_v3"]
@@ -101,6 +102,61 @@ def test_tied_embeddings_and_llama_3_s_rope(megatron_cpu, tmp_path: Path) -> Non
     same_tensors(hf, tmp_path / "b")
     ours = megatron_logits(megatron_model(tmp_path / "m"), tokens())
     torch.testing.assert_close(ours, hf_logits(model, tokens()), atol=1e-4, rtol=1e-4)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # DeepSeek-V3's own form, with parameters that are not Megatron's defaults
+        {
+            "original_max_position_embeddings": 16,
+            "beta_fast": 4.0,
+            "beta_slow": 0.5,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+        {"original_max_position_embeddings": 32, "mscale": 0.707, "mscale_all_dim": 1.3},
+        {"original_max_position_embeddings": 16},
+    ],
+)
+def test_yarn(megatron_cpu, tmp_path: Path, changes: dict) -> None:
+    """Positions before and after the original length; the parameters come back."""
+    rope = {**YARN, **changes}
+    model = hf_model("deepseek_v3", rope_parameters=rope, qk_rope_head_dim=16, num_hidden_layers=2)
+    hf = save_hf(model, tmp_path / "hf")
+    assert run("import-hf", hf, tmp_path / "m") == 0
+    ids = tokens(length=60)
+    theirs, ours = hf_logits(model, ids), megatron_logits(megatron_model(tmp_path / "m"), ids)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    plain = hf_model("deepseek_v3", qk_rope_head_dim=16, num_hidden_layers=2)
+    assert (hf_logits(plain, ids) - theirs).abs().max() > 0.1  # the scaling takes part
+    assert run("export-hf", tmp_path / "m", tmp_path / "b") == 0
+    same_tensors(hf, tmp_path / "b")
+    back = json.loads((tmp_path / "b" / "config.json").read_text())["rope_parameters"]
+    assert {key: back[key] for key in rope} == rope
+    import transformers
+
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
+    assert torch.equal(hf_logits(again, ids), theirs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"mscale_all_dim": 1.0, "mscale": 0.0}, {"mscale": 0.7}, {"attention_factor": 1.5}],
+)
+def test_a_yarn_that_megatron_scales_otherwise(changes: dict) -> None:
+    from mhc_megatron.checkpoint.arguments import megatron_values
+
+    config = hf_model("deepseek_v3", num_hidden_layers=1).config.to_dict()
+    config["rope_parameters"] = {**YARN, "original_max_position_embeddings": 16, **changes}
+    with pytest.raises(UserError, match="mscale and mscale_all_dim only"):
+        megatron_values(config)
+    config["rope_parameters"] = {**YARN, "truncate": False}
+    with pytest.raises(UserError, match="truncate: false"):
+        megatron_values(config)
 
 
 def test_shards_workers_and_bf16(models, tmp_path: Path, monkeypatch, capsys) -> None:
