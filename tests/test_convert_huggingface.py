@@ -14,7 +14,9 @@ from checkpoint_models import (
     hf_model,
     megatron_logits,
     megatron_model,
+    prediction_logits,
     save_hf,
+    save_with_prediction,
     tokens,
 )
 from safetensors.torch import load_file, save_file
@@ -198,6 +200,92 @@ def test_fp8_out_and_in_again(tmp_path: Path, capsys) -> None:
     back = load_file(tmp_path / "back" / "model.safetensors")[name].float()
     weight = model.state_dict()[name]
     assert (back - weight).norm() / weight.norm() < 0.04
+
+
+# ------------------------------------------------------------------------- multi-token prediction
+
+
+@pytest.fixture(scope="module")
+def predicting(tmp_path_factory):
+    """DeepSeek-V3 with a layer of multi-token prediction: model, layer, folder, checkpoint."""
+    root = tmp_path_factory.mktemp("predicting")
+    model = hf_model("deepseek_v3", num_hidden_layers=2)
+    prediction = save_with_prediction(model, root / "hf")
+    assert run("import-hf", root / "hf", root / "megatron") == 0
+    return model, prediction, root / "hf", root / "megatron"
+
+
+def test_multi_token_prediction_there_and_back(megatron_cpu, predicting, tmp_path: Path) -> None:
+    """Every tensor bit for bit, and what the layer predicts is Eq. 21's."""
+    model, prediction, hf, megatron = predicting
+    assert run("export-hf", megatron, tmp_path / "back") == 0
+    same_tensors(hf, tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 1
+    assert run("verify", megatron) == 0
+    theirs, ours = prediction.logits(model, tokens()), megatron_model(megatron)
+    assert theirs.std() > 0.3
+    torch.testing.assert_close(prediction_logits(ours, tokens()), theirs, atol=1e-4, rtol=1e-4)
+    again = megatron_logits(ours, tokens())
+    torch.testing.assert_close(again, hf_logits(model, tokens()), atol=1e-4, rtol=1e-4)
+
+
+def test_prediction_layers_left_out_or_not_whole(predicting, tmp_path: Path, capsys) -> None:
+    _, _, hf, megatron = predicting
+    assert run("import-hf", hf, tmp_path / "main", "--drop-mtp") == 0
+    assert not any(key.startswith("mtp.") for key in TorchDistSource(tmp_path / "main").infos())
+    assert run("export-hf", megatron, tmp_path / "served", "--drop-mtp") == 0
+    served = load_file(tmp_path / "served" / "model.safetensors")
+    assert not any(name.startswith("model.layers.2.") for name in served)
+    config = json.loads((tmp_path / "served" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+    capsys.readouterr()
+    for name, change, said in (
+        ("eh_proj.weight", None, "eh_proj.weight is missing; --drop-mtp leaves"),
+        ("hnorm.weight", None, "missing tensors: model.layers.2.hnorm.weight"),
+        ("shared_head.head.weight", 1.0, "is not lm_head.weight; Megatron shares it"),
+    ):
+        state = load_file(hf / "model.safetensors")
+        taken = state.pop(f"model.layers.2.{name}")
+        if change:
+            state[f"model.layers.2.{name}"] = taken + change
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(state, folder / "model.safetensors")
+        (folder / "config.json").write_text((hf / "config.json").read_text())
+        assert run("import-hf", folder, tmp_path / "out") == 2
+        assert said in _said(capsys)
+
+
+@pytest.mark.parametrize("exit", ["mean", "learned"])
+def test_an_upcycled_prediction_is_the_same_function(
+    megatron_cpu, predicting, tmp_path: Path, monkeypatch, exit: str
+) -> None:
+    """And an mHC model with such a layer loads in transformers, which leaves it out."""
+    import transformers
+
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    _, _, _, megatron = predicting
+    assert run("upcycle", megatron, tmp_path / "up", "--set", f"exit={exit}") == 0
+    assert run("verify", tmp_path / "up") == 0
+    before, after = megatron_model(megatron), megatron_model(tmp_path / "up")
+    assert "mtp.layers.0.mtp_model_layer.attn_hc.phi" in after.state_dict()
+    for logits in (megatron_logits, prediction_logits):
+        torch.testing.assert_close(
+            logits(after, tokens()), logits(before, tokens()), atol=1e-5, rtol=1e-5
+        )
+    assert run("export-hf", tmp_path / "up", tmp_path / "served") == 0
+    served = load_file(tmp_path / "served" / "model.safetensors")
+    assert "model.layers.2.attn_hc.phi" in served
+    assert ("model.layers.2.exit.phi" in served) == (exit == "learned")
+    model, about = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "served", trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+    )
+    assert not about["unexpected_keys"] and not about["missing_keys"]
+    ours = megatron_logits(after, tokens())
+    torch.testing.assert_close(hf_logits(model.eval(), tokens()), ours, atol=1e-4, rtol=1e-4)
 
 
 # --------------------------------------------------------------------------------------- upcycle

@@ -96,6 +96,7 @@ UNSUPPORTED: dict[str, Any] = {
     "moe_shared_expert_gate": False,
     "moe_latent_size": None,
     "use_mup": False,
+    "hybrid_layer_pattern": None,
 }
 #: Where an argument's attribute is not its name.
 DESTINATIONS = {"norm-epsilon": "layernorm_epsilon"}
@@ -211,7 +212,9 @@ def _yarn(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     def m(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    wanted = rope.get("attention_factor") or (m(mscale) / m(all_dim) if mscale and all_dim else m(1))
+    wanted = rope.get("attention_factor")
+    if not wanted:
+        wanted = m(mscale) / m(all_dim) if mscale and all_dim else m(1)
     if not math.isclose(wanted, m(values["mscale"]) / m(values["mscale-all-dim"]), rel_tol=1e-9):
         raise UserError(
             "rope_parameters: Megatron scales yarn's angles by mscale and mscale_all_dim only, "
@@ -256,6 +259,11 @@ def moe_layers(args: Namespace) -> list[int]:
     if isinstance(freq, int):
         return [1 if i % freq == 0 else 0 for i in range(layers)]
     return list(freq)
+
+
+def predictions(args: Namespace) -> int:
+    """The number of multi-token prediction layers."""
+    return getattr(args, "mtp_num_layers", None) or 0
 
 
 def _pattern(text: str) -> tuple[int, int]:
@@ -321,7 +329,7 @@ def hf_config(args: Namespace, vocab: int, base: dict[str, Any] | None = None) -
         return config
     config |= {name: _get(args, key) for key, name in LATENT.items()}
     config["num_key_value_heads"] = args.num_attention_heads
-    config["num_nextn_predict_layers"] = 0
+    config["num_nextn_predict_layers"] = predictions(args)
     config["first_k_dense_replace"] = (moe_layers(args) + [1]).index(1)
     if sum(moe_layers(args)):
         _check_routing(args)
@@ -376,6 +384,7 @@ def dimensions(args: Namespace, vocab: int) -> dict[str, Any]:
     words = {
         "vocab": vocab,
         "hidden": args.hidden_size,
+        "two_hidden": 2 * args.hidden_size,
         "ffn": args.ffn_hidden_size,
         "channels": channels,
         "groups": groups,
