@@ -31,6 +31,10 @@ from mhc_megatron.checkpoint.torch_dist import TorchDistSource
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 
+#: Two layouts whose names are the same.
+BOTH = "megatron-main or megatron-dev"
+#: What ``layout_of`` says of connections in another layout than ours.
+LAYOUT_NAMES = {*LAYOUTS, BOTH}
 #: Elements that are looked at together.
 BLOCK = 1 << 24
 
@@ -70,8 +74,7 @@ def layout_of(source: Source) -> str:
     for name, layout in {"mhc": OURS, **LAYOUTS}.items():
         firsts = {layout.layer.format(l=0) + layout.module(k) + layout.phi for k in ("attn", "mlp")}
         if firsts & modules:
-            both = name in ("megatron-main", "megatron-dev")
-            return "megatron-main or megatron-dev" if both else name
+            return BOTH if name in ("megatron-main", "megatron-dev") else name
     return "residual"
 
 
@@ -81,10 +84,10 @@ def connection_statistics(source: TorchDistSource) -> list[dict[str, Any]]:
     With v phi = 0 the coefficients are those of the bias: ``gain`` is the largest |row sum| of
     H_res (forward) and ``gain_backward`` the largest |column sum|; ``from identity`` is
     ||H_res - I||_F over ||I||_F. ``composite`` gains are those of the product so far. ``phi`` is
-    its root mean square.
+    its root mean square. Empty for residual models and other layouts.
     """
     mhc = MHCConfig.from_mapping(getattr(source.args, "mhc", None) or {"variant": "none"})
-    if not mhc.enabled:
+    if not mhc.enabled or layout_of(source) in LAYOUT_NAMES:
         return []
     found, records = found_in(source), []
     product = torch.eye(mhc.n, dtype=torch.float64)
