@@ -183,7 +183,7 @@ def megatron_args(folder: Path, mhc=None, **changes):
         "save-interval": 1,
         **pretrain._defaults(read),
         **read.megatron,
-        **cpu.ARGUMENTS,
+        **(cpu.ARGUMENTS if cpu.enabled() else {}),
         **changes,
     }
     values["max-position-embeddings"] = max(64, values["max-position-embeddings"])
@@ -204,6 +204,7 @@ def megatron_model(folder: Path, mhc=None, **changes):
     from megatron.core import dist_checkpointing
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from mhc_megatron import cpu
     from mhc_megatron.checkpoint.torch_dist import resolve
     from mhc_megatron.training import MHCModelBuilder, model_config_from_args
 
@@ -220,15 +221,15 @@ def megatron_model(folder: Path, mhc=None, **changes):
         validate_access_integrity=False,
     )
     model.load_state_dict(state["model"])
-    return model.eval()
+    return model.to("cpu" if cpu.enabled() else "cuda").eval()
 
 
 @torch.no_grad()
 def megatron_logits(model, ids: torch.Tensor) -> torch.Tensor:
     """[b, s, vocab] of a Megatron model."""
     length = ids.shape[1]
-    mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), diagonal=1)
-    positions = torch.arange(length).expand_as(ids)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=ids.device).triu(1)
+    positions = torch.arange(length, device=ids.device).expand_as(ids)
     logits = model(ids, positions, mask)
     return logits.float()
 

@@ -145,6 +145,13 @@ def test_yarn(megatron_cpu, tmp_path: Path, changes: dict) -> None:
     assert torch.equal(hf_logits(again, ids), theirs)
 
 
+def test_latent_attention_without_query_compression(tmp_path: Path, capsys) -> None:
+    hf = save_hf(hf_model("deepseek_v3", num_hidden_layers=1, q_lora_rank=None), tmp_path / "hf")
+    capsys.readouterr()
+    assert run("import-hf", hf, tmp_path / "out") == 2
+    assert "q_lora_rank: null is not supported" in _said(capsys)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"mscale_all_dim": 1.0, "mscale": 0.0}, {"mscale": 0.7}, {"attention_factor": 1.5}],
@@ -200,6 +207,86 @@ def test_fp8_out_and_in_again(tmp_path: Path, capsys) -> None:
     back = load_file(tmp_path / "back" / "model.safetensors")[name].float()
     weight = model.state_dict()[name]
     assert (back - weight).norm() / weight.norm() < 0.04
+
+
+# --------------------------------------------------------------------- Transformer Engine's names
+
+
+@pytest.fixture
+def engine_names(megatron_cpu, monkeypatch) -> dict:
+    """Megatron's own Transformer Engine specs, with layers that have its names on a CPU.
+
+    A norm that is fused into a linear layer is that layer's ``layer_norm_weight``. The changes of
+    arguments that go with it. tests/gpu/test_convert_gpu.py has the real layers.
+    """
+    from megatron.core.extensions import transformer_engine_spec_provider
+    from megatron.core.models import backends
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    class NormedLinear(ColumnParallelLinear):
+        def __init__(self, input_size: int, *args, config, **kwargs) -> None:
+            super().__init__(input_size, *args, config=config, **kwargs)
+            self.eps = config.layernorm_epsilon
+            self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size))
+
+        def forward(self, x, *args, **kwargs):
+            x = torch.nn.functional.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
+            return super().forward(x, *args, **kwargs)
+
+    class Provider(backends.LocalSpecProvider):
+        def linear(self) -> type:
+            return ColumnParallelLinear
+
+        def fuse_layernorm_and_linear(self) -> bool:
+            return True
+
+        def column_parallel_layer_norm_linear(self) -> type:
+            return NormedLinear
+
+    norm = Provider().layer_norm(rms_norm=True)
+    for module in (gpt_layer_specs, transformer_engine_spec_provider):
+        monkeypatch.setattr(module, "TESpecProvider", Provider)
+    monkeypatch.setattr(gpt_layer_specs, "TENorm", norm)
+    return {"transformer-impl": "transformer_engine"}
+
+
+def test_transformer_engine_s_names_of_latent_attention(
+    engine_names: dict, predicting, tmp_path: Path
+) -> None:
+    """Import under these names, load, compute, upcycle, export."""
+    model, prediction, hf, _ = predicting
+    impl = ("--transformer-impl", "transformer_engine")
+    assert run("import-hf", hf, tmp_path / "m", *impl) == 0
+    names = TorchDistSource(tmp_path / "m").modules()
+    for prefix in ("decoder.layers.1.", "mtp.layers.0.transformer_layer."):
+        up = prefix + "self_attention.linear_{}_up_proj.layer_norm_weight"
+        assert {up.format("kv"), up.format("q")} <= names.keys()
+        assert prefix + "input_layernorm.weight" in names
+    assert "decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in names  # dense
+    assert "decoder.layers.1.pre_mlp_layernorm.weight" in names  # experts
+    ours = megatron_model(tmp_path / "m", **engine_names)
+    for mine, theirs in (
+        (megatron_logits(ours, tokens()), hf_logits(model, tokens())),
+        (prediction_logits(ours, tokens()), prediction.logits(model, tokens())),
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    assert run("export-hf", tmp_path / "m", tmp_path / "back") == 0
+    same_tensors(hf, tmp_path / "back")
+    assert run("upcycle", tmp_path / "m", tmp_path / "up") == 0
+    again = megatron_logits(megatron_model(tmp_path / "up", **engine_names), tokens())
+    before = megatron_logits(ours, tokens())
+    torch.testing.assert_close(again, before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_transformer_engine_s_names_of_other_attention(
+    engine_names: dict, models, family: str
+) -> None:
+    """They are what the local layers store too."""
+    model, _, megatron = models(family)
+    ours = megatron_logits(megatron_model(megatron, **engine_names), tokens())
+    torch.testing.assert_close(ours, hf_logits(model, tokens()), atol=1e-4, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------- multi-token prediction

@@ -140,6 +140,13 @@ def megatron_values(config: dict[str, Any]) -> dict[str, Any]:
 
 def _latent_values(config: dict[str, Any]) -> dict[str, Any]:
     dense, layers = config["first_k_dense_replace"], config["num_hidden_layers"]
+    if config.get("q_lora_rank") is None:
+        # core/transformer/mla_qk_norm_config.py:148: with the norm that the keys and values need,
+        # a direct query projection gets one too (Transformer Engine) or is refused (local).
+        raise UserError(
+            "q_lora_rank: null is not supported: Megatron's latent attention has no query "
+            "projection without a norm of its own beside a norm of keys and values."
+        )
     values = {"multi-latent-attention": True, "qk-layernorm": True, **_named(LATENT, config)}
     if dense < layers:
         shared = config["moe_intermediate_size"] * (config.get("n_shared_experts") or 0)
@@ -400,7 +407,6 @@ def dimensions(args: Namespace, vocab: int) -> dict[str, Any]:
             "q": heads * (args.qk_head_dim + rope),
             "v": heads * args.v_head_dim,
             "q_lora": q_lora,
-            "q_direct": q_lora is None,
             "kv_lora": args.kv_lora_rank,
             "kv_down": args.kv_lora_rank + rope,
             "kv_up": heads * (args.qk_head_dim + args.v_head_dim),

@@ -96,27 +96,18 @@ ATTENTION = (
 LATENT_ATTENTION = (
     Rule(_M + "input_layernorm.weight", ((_H + "input_layernorm.weight", "hidden"),)),
     Rule(
-        _ATTN + "linear_q_proj.weight",
-        ((_H + "self_attn.q_proj.weight", "q hidden"),),
-        when="q_direct",
-        linear=True,
-    ),
-    Rule(
         _ATTN + "linear_q_down_proj.weight",
         ((_H + "self_attn.q_a_proj.weight", "q_lora hidden"),),
-        when="q_lora",
         linear=True,
     ),
     Rule(
         _ATTN + "linear_q_up_proj.layer_norm_weight",
         ((_H + "self_attn.q_a_layernorm.weight", "q_lora"),),
-        when="q_lora",
         local=_ATTN + "q_layernorm.weight",
     ),
     Rule(
         _ATTN + "linear_q_up_proj.weight",
         ((_H + "self_attn.q_b_proj.weight", "q q_lora"),),
-        when="q_lora",
         linear=True,
     ),
     Rule(
