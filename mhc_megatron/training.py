@@ -23,6 +23,7 @@ from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
@@ -192,9 +193,25 @@ def model_config_from_args(
     else:
         model_config = hybrid_config_from_args(args, model_config_cls=MHCHybridModelConfig)
     model_config.mhc = mhc
+    carry_yarn(model_config.transformer, args)
     if args.gradient_accumulation_fusion:
         supply_weight_gradient()
     return model_config
+
+
+def carry_yarn(config: TransformerConfig, args: Namespace) -> None:
+    """Give latent attention the yarn parameters that its arguments name.
+
+    Megatron 0.19.2 takes ``--yarn-original-max-position-embeddings``, ``--yarn-beta-fast`` and
+    ``--yarn-beta-slow`` for its other attention only (training/argument_utils.py:384); latent
+    attention has fields of other names (``MLATransformerConfig``), which stay at their defaults.
+    """
+    if not args.multi_latent_attention:
+        return
+    for name in ("original_max_position_embeddings", "beta_fast", "beta_slow"):
+        value = getattr(args, f"yarn_{name}", None)
+        if value is not None:
+            setattr(config, name, value)
 
 
 def skip_dataset_compilation() -> None:
