@@ -53,7 +53,7 @@ def enable() -> None:
     # compiler run for each, for no gain at these sizes.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _replace(torch._dynamo.config, "disable", True)  # the variable is read once, maybe before now
-    _stand_in_for_cuda()
+    stand_in_for_cuda()
     group = torch.distributed.ProcessGroup
     gather = group.allgather_into_tensor_coalesced
     _replace(group, "allgather_into_tensor_coalesced", _by_dtype(gather))
@@ -81,7 +81,8 @@ def enabled() -> bool:
 
 
 def _replace(target: Any, name: str, value: Any) -> None:
-    _replaced.append((target, name, getattr(target, name, None)))
+    # A class's own dict has its static methods as such.
+    _replaced.append((target, name, vars(target).get(name, getattr(target, name, None))))
     setattr(target, name, value)
 
 
@@ -231,7 +232,7 @@ def _device_context(device: Any = None):
     yield
 
 
-def _stand_in_for_cuda() -> None:
+def stand_in_for_cuda() -> None:
     """The functions of ``torch.cuda`` that Megatron calls, answered for one CPU 'device'."""
 
     class Properties:
@@ -335,6 +336,7 @@ class _NoMemory(dict):
 
 def _patch_megatron() -> None:
     """The few places in Megatron that no stand-in of ``torch.cuda`` reaches."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.extensions import transformer_engine
     from megatron.core.models.hybrid import hybrid_block
     from megatron.core.optimizer import distrib_optimizer
@@ -346,6 +348,9 @@ def _patch_megatron() -> None:
     # tensor_parallel/random.py:104,135 reach for torch.cuda's generators through private calls.
     _replace(megatron_random, "_get_cuda_rng_state", _get_rng_state)
     _replace(megatron_random, "_set_cuda_rng_state", _set_rng_state)
+    # dist_checkpointing/strategies/filesystem_async.py:227 copies what lies on a GPU.
+    writer = filesystem_async.FileSystemWriterAsync
+    _replace(writer, "preload_tensors", staticmethod(preload_copies))
     # transformer/moe/moe_utils.py:1169 moves (and turns to numpy) only what lies on a GPU.
     _replace(moe_utils, "maybe_move_tensor_to_cpu", _move_to_cpu)
     _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _move_to_cpu)
@@ -385,6 +390,17 @@ def _patch_megatron() -> None:
         ("_set_main_param_and_optimizer_states", _keeping_the_step),
     ):
         _replace(optimizer, name, wrap(getattr(optimizer, name)))
+
+
+def preload_copies(write_buckets: list, non_blocking: bool = True) -> list:
+    """``FileSystemWriterAsync.preload_tensors`` that copies: the rank trains on during the save.
+
+    The writer's process has CPU tensors in memory that it shares with the rank.
+    """
+    return [
+        (file, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+        for file, key, (data, tensors) in write_buckets
+    ]
 
 
 def _with_normed_queries(resolve):

@@ -373,7 +373,7 @@ def _validate(loss: Tensor) -> None:
         spike = functools.partial(
             machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
         )
-        checks += [("spiky loss", spike, False)]
+        checks += [("spiky loss", spike, getattr(args, "spiky_loss_ends_run", False))]
     for message, rejects, fatal in checks:
         machine.validate_result(
             result=loss, rejection_func=rejects, message=message, tolerance=0.0, fatal=fatal

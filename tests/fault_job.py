@@ -7,7 +7,7 @@ import torch
 
 
 def run(argv: list[str], output: str, fault: str, iteration: int) -> None:
-    """As ``pretrain_job.run``, with ``fault`` at ``iteration``: ``nan``, or ``hang``."""
+    """As ``pretrain_job.run``, with ``fault`` at ``iteration``: ``nan``, ``spike``, or ``hang``."""
     from mhc_megatron import training
 
     plain = training.loss_func
@@ -18,7 +18,7 @@ def run(argv: list[str], output: str, fault: str, iteration: int) -> None:
         if get_args().curr_iteration + 1 == iteration:
             if fault == "hang":
                 wait_for_ever()
-            logits = logits * torch.nan
+            logits = logits * {"nan": torch.nan, "spike": 9.0}[fault]
         return plain(loss_mask, logits)
 
     training.loss_func = loss_func

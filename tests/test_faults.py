@@ -17,7 +17,7 @@ import torch
 from test_pretrain import CONTEXT, arguments, launch, records, weights
 
 from launch import supervise
-from mhc_megatron import faults
+from mhc_megatron import faults, spikes
 from mhc_megatron.checkpoint import sound
 from mhc_megatron.errors import UserError
 
@@ -53,9 +53,9 @@ def faulty(words: list[str], output: Path, fault: str, iteration: int) -> int:
     return process.exitcode
 
 
-def verdict(run: Path, began: float, code: int, skip: bool = False) -> supervise.Attempt:
+def verdict(run: Path, began: float, code: int) -> supervise.Attempt:
     """The supervisor's, written into its history."""
-    attempt = supervise.judge(began, time.time(), code, run, 3, skip, None)
+    attempt = supervise.judge(began, time.time(), code, run, 3, None)
     supervise.append(run, attempt)
     return attempt
 
@@ -150,20 +150,67 @@ def test_a_hang_prints_the_stacks_and_ends(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bad_loss_is_skipped_where_that_is_the_policy(config, tmp_path):
+@pytest.mark.parametrize(("fault", "policy"), [("nan", "bad_loss"), ("spike", "loss_spike")])
+def test_a_bad_loss_is_skipped_where_that_is_the_policy(fault, policy, config, tmp_path):
     """Twice at the same iteration, from the same checkpoint; the third time it is left out."""
     run = tmp_path / "run"
-    words = arguments(config, run, *SETTINGS, "run.bad_loss=skip")
+    words = arguments(config, run, *SETTINGS, f"run.{policy}=skip")
     for expected in ("again", "again"):
         began = time.time()
-        assert faulty(words, tmp_path / "out", "nan", 6) == 1
-        attempt = verdict(run, began, 1, skip=True)
+        assert faulty(words, tmp_path / "out", fault, 6) == 1
+        attempt = verdict(run, began, 1)
         assert (attempt.verdict, attempt.bad_iteration, attempt.checkpoint) == (expected, 6, 4)
     assert faults.skipped_iterations(str(run)) == [6]
-    assert faulty(words, tmp_path / "out", "nan", 6) == 0
+    assert faulty(words, tmp_path / "out", fault, 6) == 0
+    # The second attempt knows what is usual from the first one's records.
+    assert [r["iteration"] for r in records(run, "spike")] == [6, 6] * (fault == "spike")
     steps = [r["iteration"] for r in records(run, "train")]
-    assert steps[-8:] == [5, 5, 5, 7, 8, 9, 10, 11, 12][-8:]
-    assert all(r["loss"] is not None for r in records(run, "train"))
+    assert steps == [1, 2, 3, 4, 5, 5, 5, 7, 8, 9, 10, 11, 12]
+    usual = records(run, "train")[4]["loss"]
+    assert all(0 < r["loss"] < 2 * usual for r in records(run, "train"))
+
+
+def test_a_spike_ends_the_run_where_that_is_the_policy(config, tmp_path):
+    began, run = time.time(), tmp_path / "run"
+    words = arguments(config, run, *SETTINGS, "run.loss_spike=stop")
+    assert faulty(words, tmp_path / "out", "spike", 7) == 1
+    assert "error: the loss of iteration 7 is " in (tmp_path / "out").read_text()
+    attempt = verdict(run, began, 1)
+    assert (attempt.verdict, attempt.bad_iteration, attempt.checkpoint) == ("give up", 7, 4)
+    assert "usual is 4." in attempt.reason and "(run.loss_spike: stop)" in attempt.reason
+
+
+def test_a_spike_is_told_and_trained_where_that_is_the_policy(config, tmp_path):
+    run = tmp_path / "run"
+    words = arguments(config, run, *SETTINGS, "run.loss_spike=log")
+    assert faulty(words, tmp_path / "out", "spike", 7) == 0
+    (spike,) = records(run, "spike")
+    assert spike["iteration"] == 7 and spike["policy"] == "log"
+    assert spike["loss"] > 6 * spike["usual"] > 20  # the loss of a model that knows nothing is 4.6
+    assert (tmp_path / "out").read_text().count("ALARM: the loss of iteration 7 is ") == 1
+    assert len(records(run, "train")) == 12
+
+
+def test_what_a_spike_is(tmp_path):
+    watch = spikes.SpikeWatch(2.0)
+    for loss in (5.0, 4.0, 4.0, 3.0):
+        watch.record(loss)
+        assert watch.usual is None and not watch.is_spike(1e9)
+    watch.record(3.0)
+    assert watch.usual == 4.0 and watch.is_spike(8.1)
+    assert not any(map(watch.is_spike, (8.0, float("nan"), float("inf"))))
+    for _ in range(spikes.RECORDS):
+        watch.record(1.0)
+    assert watch.usual == 1.0 and not spikes.SpikeWatch(0.0).is_spike(9.0)
+
+
+def test_what_is_usual_is_known_again_after_a_resume(tmp_path):
+    lines = [{"event": "train", "iteration": i, "loss": float(i)} for i in range(1, 9)]
+    lines += [{"event": "train", "iteration": 3, "loss": 30.0}, {"event": "valid", "iteration": 3}]
+    (tmp_path / "m").write_text("\n".join(map(json.dumps, lines)) + '\n{"event": "tr')
+    watch = spikes.SpikeWatch(2.0)
+    watch.resume(tmp_path / "m", 5)
+    assert watch.usual == 4.0  # of 1, 2, 30, 4, 5
 
 
 @pytest.mark.slow
@@ -231,10 +278,10 @@ reached() {{ echo $1 > $RUN/checkpoints/latest_checkpointed_iteration.txt; }}
     return ["bash", "-c", text]
 
 
-def supervised(tmp_path: Path, body: str, attempts: int = 3, skip: bool = False):
+def supervised(tmp_path: Path, body: str, attempts: int = 3):
     """(exit code, verdicts, times requeued) of a supervised script."""
     requeued = []
-    supervisor = supervise.Supervisor(tmp_path / "run", script(tmp_path, body), attempts, skip)
+    supervisor = supervise.Supervisor(tmp_path / "run", script(tmp_path, body), attempts)
     handlers = {n: signal.getsignal(n) for n in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
     try:
         code = supervisor.run(lambda: requeued.append(1))
@@ -287,10 +334,23 @@ def test_progress_starts_the_count_anew(tmp_path):
 
 def test_a_bad_iteration_is_left_out_after_the_second_time(tmp_path):
     body = """if grep -q 7 $RUN/skip-iterations.json; then ended complete; else
-note 1 7 '"reason":"nan","bad_result":true'; exit 1; fi"""
-    code, history, _ = supervised(tmp_path, body, skip=True)
+note 1 7 '"reason":"nan","bad_result":true,"skip":true'; exit 1; fi"""
+    code, history, _ = supervised(tmp_path, body)
     assert (code, len(history)) == (0, 3)
     assert "iteration 7 was bad twice: it is left out" in history[1].reason
+
+
+def test_a_bad_iteration_is_not_left_out_where_that_is_not_the_policy(tmp_path):
+    body = """note 1 7 '"reason":"nan","bad_result":true'; exit 1"""
+    code, history, _ = supervised(tmp_path, body)
+    assert (code, len(history)) == (3, 3) and "3 attempts" in history[-1].reason
+    assert faults.skipped_iterations(str(tmp_path / "run")) == []
+
+
+def test_a_spike_that_is_to_stop_the_run_is_not_tried_again(tmp_path):
+    body = """note 1 7 '"reason":"a spike","bad_result":true,"stop":true'; exit 1"""
+    code, history, requeued = supervised(tmp_path, body)
+    assert (code, len(history), requeued) == (3, 1, 0) and "a spike" in history[0].reason
 
 
 def test_a_run_that_does_not_say_how_it_ended_is_not_complete(tmp_path):
