@@ -15,6 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 import os
 import time
 import types
@@ -81,8 +82,10 @@ def enabled() -> bool:
 
 
 def _replace(target: Any, name: str, value: Any) -> None:
-    # A class's own dict has its static methods as such.
-    _replaced.append((target, name, vars(target).get(name, getattr(target, name, None))))
+    own = inspect.getattr_static(target, name, None)
+    if not isinstance(own, staticmethod):  # what getattr gives would come back as a method
+        own = getattr(target, name, None)
+    _replaced.append((target, name, own))
     setattr(target, name, value)
 
 

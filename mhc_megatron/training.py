@@ -22,6 +22,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import (
@@ -401,6 +402,8 @@ def check_arguments(args: Namespace) -> None:
         raise UserError("no data: set data-path, or mock-data: true.")
     mhc, half = MHCConfig(**args.mhc), args.bf16 or args.fp16
     check_recompute(args, mhc)
+    _check_dispatcher(args)
+    _check_optimizer(args)
     if half and mhc.enabled:
         _check_reduction(args)
     tied = not args.untie_embeddings_and_output_weights
@@ -414,6 +417,41 @@ def check_arguments(args: Namespace) -> None:
         raise UserError(
             "hybrid-layer-pattern: Megatron's own hybrid layers need Transformer Engine; give spec "
             "a stack of others."
+        )
+
+
+def _check_dispatcher(args: Namespace) -> None:
+    """A flex dispatcher without the library behind it; Megatron says so when it builds a layer."""
+    if args.moe_token_dispatcher_type != "flex":
+        return
+    backend = args.moe_flex_dispatcher_backend
+    name, there = {
+        "deepep": ("DeepEP", fused_a2a.HAVE_DEEP_EP),
+        "hybridep": ("DeepEP's branch hybrid-ep", fused_a2a.HAVE_HYBRIDEP),
+        "ncclep": ("Transformer Engine built with NCCL EP", fused_a2a.HAVE_TE_EP),
+    }[backend]
+    if not there:
+        raise UserError(
+            f"moe-token-dispatcher-type flex: moe-flex-dispatcher-backend {backend} needs {name}, "
+            "which is not installed; use alltoall."
+        )
+
+
+def _check_optimizer(args: Namespace) -> None:
+    """Two of Megatron's matrix optimizers that 0.19.2 would stop at, one in the first step.
+
+    optimizer/layer_wise_optimizer.py:513 wraps Muon for bf16 alone, and
+    dist_checkpointing/optimizer.py:100 takes no state of another shape than its parameter's.
+    """
+    if args.use_layer_wise_distributed_optimizer and not args.bf16:
+        raise UserError(
+            f"optimizer {args.optimizer}: with use-distributed-optimizer Megatron 0.19.2 trains in "
+            "bf16 only; set bf16: true, or use-distributed-optimizer: false."
+        )
+    if args.optimizer == "soap" and args.save and not args.no_save_optim:
+        raise UserError(
+            "optimizer soap: Megatron 0.19.2 cannot save its preconditioners; set "
+            "no-save-optim: true, or take muon."
         )
 
 

@@ -174,6 +174,12 @@ RELIES_ON = [
              "if send_next_wait_handle is not None and config.deallocate_pipeline_outputs: "
              "send_next_wait_handle.wait()",
              "a send makes its stream wait for its end, so it has one of its own"),
+    Reliance("training.py", "core/optimizer/layer_wise_optimizer.py", "",
+             "if config.bf16: for i in range(len(optimizers)):",
+             "Muon with the distributed optimizer is refused outside bf16"),
+    Reliance("cpu.py", "core/pipeline_parallel/fine_grained_activation_offload.py",
+             "class ChunkOffloadHandler", 'and tensor.device.type == "cuda"',
+             "what lies in memory can be offloaded on the CPU too"),
     Reliance("training.py", "training/models/gpt.py", "class GPTModelBuilder", "model = GPTModel(",
              "the model class is replaced where build_model names it"),
     Reliance("optimizer.py", "core/optimizer/optimizer.py", "class ChainedOptimizer",

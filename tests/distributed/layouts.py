@@ -68,6 +68,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "MLA, MoE, MTP": MLA | MOE | {"mtp_num_layers": 1, "moe_layer_freq": [0, 1, 1, 1]},
     "hybrid *-": {"hybrid_layer_pattern": "*-*-*-*-", "num_layers": 8},
     "hybrid *E": MOE | {"hybrid_layer_pattern": "*-*E*E*E", "num_layers": 8},
+    "hybrid +E, latent attention": MLA
+    | MOE
+    | {"hybrid_layer_pattern": "+-+E+E+E", "num_layers": 8},
+    "hybrid *E, shared expert, loss-free balancing": MOE
+    | {
+        "hybrid_layer_pattern": "*-*E*E*E",
+        "num_layers": 8,
+        "moe_shared_expert_intermediate_size": 32,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 1e-2,
+    },
+    "hybrid *-, bf16": {"hybrid_layer_pattern": "*-*-*-*-", "num_layers": 8, "dtype": "bfloat16"},
     "hybrid *- with MTP": {
         "hybrid_layer_pattern": "*-*-/*-",
         "num_layers": 4,
@@ -211,6 +224,7 @@ ROWS: list[Row] = [
          **DISTRIBUTED_OPTIMIZER),
     _row("bf16", "PP2, VPP2, DP2, overlaps", 4, pp=2, vp=2, tolerance=1e-3, **OVERLAPPED),
     _row("fp32 residual, bf16", "one rank, full recompute", 1, tolerance=0, **FULL),
+    _row("fp32 residual, bf16", "PP2, VPP2", 2, pp=2, vp=2, tolerance=1e-3, slow=True),
     _row("MoE alltoall", "EP2", 2, ep=2),
     _row("MoE alltoall", "TP2, SP, expert TP1, EP2", 2, tp=2, sp=True, ep=2, etp=1),
     _row("MoE alltoall", "TP2, SP, expert TP2", 2, tp=2, sp=True, etp=2),
@@ -256,4 +270,18 @@ ROWS: list[Row] = [
     _row("hybrid *-", "full recompute", 1, tolerance=0, **FULL),
     _row("hybrid *E", "EP2, PP2", 4, ep=2, pp=2),
     _row("hybrid *- with MTP", "PP2", 2, pp=2),
+    _row("hybrid *-", "PP2, VPP2", 2, pp=2, vp=2, hybrid_layer_pattern="*-|*-|*-|*-"),
+    _row("hybrid *-", "PP2, VPP2, uneven: *-*|-*|-*|-", 2, pp=2, vp=2, slow=True,
+         hybrid_layer_pattern="*-*|-*|-*|-"),
+    _row("hybrid *-", "CP2", 2, cp=2, slow=True),
+    _row("hybrid *-", "TP2, SP, PP2, DP2, overlaps", 8, tp=2, sp=True, pp=2, slow=True,
+         **OVERLAPPED),
+    _row("hybrid *-", "selective recompute: core_attn, mlp, layernorm", 1, tolerance=0, slow=True,
+         **selective("core_attn", "mlp", "layernorm")),
+    _row("hybrid *-, bf16", "PP2, distributed optimizer", 2, pp=2, tolerance=1e-3, slow=True,
+         **DISTRIBUTED_OPTIMIZER),
+    _row("hybrid *E", "TP2, SP, EP2, distributed optimizer", 2, tp=2, sp=True, ep=2, etp=1,
+         slow=True, **DISTRIBUTED_OPTIMIZER),
+    _row("hybrid *E, shared expert, loss-free balancing", "EP2, PP2", 4, ep=2, pp=2, slow=True),
+    _row("hybrid +E, latent attention", "EP2, PP2", 4, ep=2, pp=2, slow=True),
 ]

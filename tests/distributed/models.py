@@ -190,16 +190,21 @@ def build_with(module: str):
 
 
 def hybrid_spec(config: TransformerConfig) -> ModuleSpec:
-    """Megatron's hybrid stack without Transformer Engine: attention, MLP and MoE layers."""
+    """Megatron's hybrid stack without Transformer Engine: attention, latent attention, MLP, MoE."""
     dense = get_gpt_layer_local_spec(normalization=config.normalization)
     expert = get_gpt_layer_local_spec(num_experts=8, normalization=config.normalization)
     layer = dense.module
-    attention = TransformerLayerSubmodules(
-        input_layernorm=dense.submodules.input_layernorm,
-        self_attention=dense.submodules.self_attention,
-        self_attn_bda=get_bias_dropout_add,
+    latent = get_gpt_layer_local_spec(
+        normalization=config.normalization, multi_latent_attention=True
     )
     prediction = get_mtp_layer_spec_for_backend(None, backend=LocalSpecProvider())
+
+    def attention(spec: ModuleSpec) -> TransformerLayerSubmodules:
+        return TransformerLayerSubmodules(
+            input_layernorm=spec.submodules.input_layernorm,
+            self_attention=spec.submodules.self_attention,
+            self_attn_bda=get_bias_dropout_add,
+        )
 
     def feed_forward(spec: ModuleSpec) -> TransformerLayerSubmodules:
         return TransformerLayerSubmodules(
@@ -211,7 +216,8 @@ def hybrid_spec(config: TransformerConfig) -> ModuleSpec:
     return ModuleSpec(
         module=HybridStack,
         submodules=HybridStackSubmodules(
-            attention_layer=ModuleSpec(module=layer, submodules=attention),
+            attention_layer=ModuleSpec(module=layer, submodules=attention(dense)),
+            mla_layer=ModuleSpec(module=layer, submodules=attention(latent)),
             mlp_layer=ModuleSpec(module=layer, submodules=feed_forward(dense)),
             moe_layer=ModuleSpec(module=layer, submodules=feed_forward(expert)),
             mtp_block_spec=ModuleSpec(
