@@ -137,3 +137,52 @@ def test_an_upcycled_run_goes_on(launcher, tmp_path: Path, changes: list[str]) -
     assert after[0] == pytest.approx(before[4], abs=1e-4)
     assert after == pytest.approx(before[4:], abs=0.02)
     assert after != before[4:]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """Modules of the standard library as a corpus of bytes."""
+    from tools.prepare_data import main as prepare
+
+    folder = tmp_path_factory.mktemp("text")
+    files = sorted(Path(os.__file__).parent.glob("[a-h]*.py"))
+    assert prepare([*files, "--suffix", "py", "--output", str(folder / "text")]) == 0
+    return folder / "text"
+
+
+@pytest.mark.slow
+def test_an_upcycled_model_learns_no_worse(launcher, tmp_path: Path, text: Path) -> None:
+    """100 steps as a residual model, then 100 more with its optimizer: as a residual model or
+    upcycled. The mean loss of the last 50 may be above the residual model's by 1e-2 at most
+    (2026-11-25: 2.6100 and 2.6099)."""
+    sizes = dict(hidden_size=64, intermediate_size=160, vocab_size=257, initializer_range=0.02)
+    hf = save_hf(hf_model("llama", num_hidden_layers=3, **sizes), tmp_path / "hf")
+    assert run("import-hf", hf, tmp_path / "m") == 0
+    settings = {
+        "mock-data": False,
+        "data-path": f"[{text}]",
+        "split": '"97,3,0"',
+        "seq-length": 64,
+        "micro-batch-size": 8,
+        "global-batch-size": 8,
+        "lr": 3e-3,
+        "lr-warmup-iters": 10,
+        "lr-decay-iters": 200,
+        "min-lr": 1e-4,
+        "lr-decay-style": "cosine",
+        "save-interval": 100,
+        "adam-beta2": 0.95,
+    }
+    residual = losses(launcher, tmp_path / "m", tmp_path / "residual", 200, load=False, **settings)
+    start = tmp_path / "residual" / "checkpoints" / "iter_0000100"
+    yaml = (tmp_path / "m" / "model.yaml").read_text()
+    up = tmp_path / "up"
+    up.mkdir()
+    assert run("upcycle", start, up / "checkpoints") == 0
+    (up / "model.yaml").write_text(yaml.replace("variant: none", "variant: mhc"))
+    after = losses(launcher, up, up, 200, load=False, **settings)
+    assert len(after) == 100 and after[0] == pytest.approx(residual[100], abs=1e-4)
+    last = {"residual": sum(residual[150:]) / 50, "upcycled": sum(after[50:]) / 50}
+    print(last)
+    assert residual[100] < residual[0] - 1 and last["residual"] < residual[100] - 0.05
+    assert last["upcycled"] < last["residual"] + 0.01
