@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_models import hf_model, save_hf
+from checkpoint_models import hf_model, save_hf, save_with_prediction
 from test_convert_huggingface import run
 
 pytestmark = [
@@ -90,15 +90,26 @@ def losses(
                 {"world": 2, "pipeline-model-parallel-size": 2},
             ],
         ),
-        ("deepseek_v3", True, [{"world": 2, "expert-model-parallel-size": 2}]),
+        (
+            "deepseek_v3",
+            True,
+            [
+                {"world": 2, "expert-model-parallel-size": 2},
+                {"world": 2, "pipeline-model-parallel-size": 2},
+            ],
+        ),
     ],
 )
 def test_any_layout_loads_an_imported_model(
     launcher, tmp_path: Path, family: str, upcycled: bool, layouts: list[dict]
 ) -> None:
     # 64: no padding of the vocabulary at TP 2, which would add a logit
-    hf = save_hf(hf_model(family, num_hidden_layers=2, vocab_size=64), tmp_path / "hf")
-    assert run("import-hf", hf, tmp_path / "m") == 0
+    model = hf_model(family, num_hidden_layers=2, vocab_size=64)
+    if family == "deepseek_v3":  # its loss is then that of two predictions
+        save_with_prediction(model, tmp_path / "hf")
+    else:
+        save_hf(model, tmp_path / "hf")
+    assert run("import-hf", tmp_path / "hf", tmp_path / "m") == 0
     checkpoint = tmp_path / "m"
     if upcycled:
         checkpoint = tmp_path / "up"
@@ -137,6 +148,9 @@ def test_an_upcycled_run_goes_on(launcher, tmp_path: Path, changes: list[str]) -
     assert after[0] == pytest.approx(before[4], abs=1e-4)
     assert after == pytest.approx(before[4:], abs=0.02)
     assert after != before[4:]
+    saved = up / "checkpoints"  # what the run itself wrote
+    assert run("verify", saved) == run("export-hf", saved, tmp_path / "served") == 0
+    assert run("verify", tmp_path / "served") == 0
 
 
 @pytest.fixture(scope="module")
