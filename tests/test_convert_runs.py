@@ -160,7 +160,7 @@ def text(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("text")
     files = sorted(Path(os.__file__).parent.glob("[a-h]*.py"))
-    assert prepare([*files, "--suffix", "py", "--output", str(folder / "text")]) == 0
+    assert prepare([*map(str, files), "--suffix", "py", "--output", str(folder / "text")]) == 0
     return folder / "text"
 
 
