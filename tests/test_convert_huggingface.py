@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -595,6 +597,59 @@ def test_mhc_taken_for_residual_and_the_reverse(models, tmp_path: Path, capsys) 
     convert.run(plan, tmp_path / "lies2", quiet=True)
     assert run("export-hf", tmp_path / "lies2", tmp_path / "out") == 2
     assert "attn_hc.phi is missing" in _said(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def _state_of(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_damaged_sources_lose_nothing(models, tmp_path: Path, capsys) -> None:
+    """One sentence, exit code 2, no target, and the source as it was."""
+    model, _, megatron = models("llama")
+    hf = save_hf(model, tmp_path / "hf", max_shard_size="30KB")
+    shard = sorted(hf.glob("model-*.safetensors"))[1]
+    whole, dist = shard.read_bytes(), tmp_path / "m"
+    shutil.copytree(megatron, dist)
+    stored = next((dist / "release").glob("__0_0.distcp"))
+    sizes = stored.read_bytes()
+    for file, content, words, said in (
+        (shard, None, ("import-hf", hf), "is missing"),
+        (shard, whole[:-7], ("import-hf", hf), "is truncated"),
+        (shard, whole[:4], ("import-hf", hf), "truncated or not a safetensors file"),
+        (shard, b"\xff" + whole[1:], ("import-hf", hf), str(shard)),
+        (stored, None, ("export-hf", dist), "is missing"),
+        (stored, sizes[:-9], ("upcycle", dist), "is truncated"),
+        (stored, sizes[:200] + b"?" + sizes[201:], ("export-hf", dist), "is damaged"),
+        (dist / "release" / ".metadata", b"x", ("export-hf", dist), ".metadata is damaged"),
+    ):
+        before = file.read_bytes()
+        file.unlink() if content is None else file.write_bytes(content)
+        there = _state_of(tmp_path)
+        capsys.readouterr()
+        assert run(*words, tmp_path / "out") == 2, said
+        assert said in _said(capsys)
+        assert not (tmp_path / "out").exists()
+        left = _state_of(tmp_path)
+        assert {k: v for k, v in left.items() if not k.startswith("out.partial")} == there
+        file.write_bytes(before)
+        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+
+
+def test_a_full_disk_is_one_sentence(models, tmp_path: Path, capsys, monkeypatch) -> None:
+    _, hf, _ = models("llama")
+    full = shutil._ntuple_diskusage(9, 9, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(convert.shutil, "disk_usage", lambda path: full)
+        assert run("import-hf", hf, tmp_path / "out") == 2
+    assert "is too full" in _said(capsys) and not (tmp_path / "out").exists()
+
+    def fills_up(path, outputs, tensors):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(convert._WRITERS, "torch_dist", fills_up)
+    assert run("import-hf", hf, tmp_path / "out") == 2
+    assert "the disk is full; what is converted is kept" in _said(capsys)
     assert not (tmp_path / "out").exists()
 
 

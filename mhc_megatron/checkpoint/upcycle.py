@@ -13,6 +13,8 @@ stream l mod n and 1 / (2 (n - 1)) from each other one, and leans H_res towards 
 H_post, and with it the streams, part at the first step. ``none`` is the symmetric point
 (H_pre = 1/n: b_pre = -ln(n - 1), -ln 3 for n = 4; H_res = 1/n throughout).
 
+A layer of multi-token prediction is a stack of its own: n equal streams enter and leave within it.
+
 Optimizer state: the moments of every old parameter go along; the new ones start with zero moments
 at the old step count, which makes their first updates small (Adam's bias correction is over:
 (1 - beta1) / sqrt(1 - beta2) of the learning rate at most).
