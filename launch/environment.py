@@ -52,7 +52,7 @@ def check_resiliency() -> None:
     if tuple(int(part) for part in found.split(".")[:2]) < RESILIENCY:
         raise UserError(
             f"nvidia-resiliency-ext {found} is installed, and Megatron cannot be imported beside "
-            "it: it needs 0.6 or newer (wheels for glibc 2.39), or none (pip uninstall)."
+            "it: it needs 0.6 or newer (0.7.0 wants glibc 2.39), or none (pip uninstall)."
         )
 
 
