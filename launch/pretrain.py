@@ -33,7 +33,12 @@ if __name__ == "__main__":  # before torch, whose threads inherit what is set he
     faults.die_with_launcher()
     faults.hold_stop_signal()
 
-from launch.environment import fusions, redirect_output, single_process  # noqa: E402
+from launch.environment import (  # noqa: E402
+    check_resiliency,
+    fusions,
+    redirect_output,
+    single_process,
+)
 from launch.settings import Settings, load, parse  # noqa: E402
 from mhc_megatron.errors import UserError  # noqa: E402
 from mhc_megatron.spikes import LossSpike  # noqa: E402
@@ -129,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(settings: Settings, console: TextIO | None) -> None:
     """Parse as Megatron does, then train."""
+    check_resiliency()
     import torch
 
     from mhc_megatron import cpu

@@ -108,6 +108,8 @@ ARGUMENTS: dict[str, Any] = {
     "use-precision-aware-optimizer": False,
     "exp-avg-dtype": "fp32",
     "exp-avg-sq-dtype": "fp32",
+    # The writer of nvidia-resiliency-ext asks for a GPU and dies, and the rank waits for it.
+    "async-strategy": "mcore",
 }
 
 

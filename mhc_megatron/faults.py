@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import errno
 import faulthandler
@@ -21,6 +20,7 @@ import functools
 import json
 import multiprocessing
 import multiprocessing.managers
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -145,8 +145,8 @@ def _guard_asynchronous_writer() -> None:
     PersistentAsyncCaller.schedule_async_call = schedule_async_call
     PersistentAsyncCaller.is_current_async_call_done = is_current_async_call_done
     PersistentAsyncCaller.async_loop = staticmethod(_write_checkpoints)
-    # Before multiprocessing's own, which sends SIGTERM and waits.
-    atexit.register(kill)
+    # multiprocessing's own end of its children, SIGTERM and a wait, comes after its finalizers.
+    multiprocessing.util.Finalize(None, kill, exitpriority=10)
 
 
 def _need_alive(process: multiprocessing.Process) -> None:

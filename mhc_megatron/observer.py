@@ -215,6 +215,7 @@ class Observer:
         )
         if self.prometheus:
             self.exporter = Exporter(self.prometheus, self.name)
+            self.exporter.set("mhc_loss_spikes_total", 0)
         if args.iteration:
             self.spikes.resume(self.metrics.path, args.iteration)
             self.metrics.resume(iteration=args.iteration, path=args.load)

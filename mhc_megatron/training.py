@@ -392,6 +392,12 @@ def check_arguments(args: Namespace) -> None:
     """
     if args.train_iters is not None and args.train_iters < 1:
         raise UserError(f"train-iters must be at least 1, not {args.train_iters}.")
+    for key in ("enable_ft_package", "inprocess_restart"):
+        if getattr(args, key):  # nvidia-resiliency-ext's; Megatron reads them from sys.argv alone
+            raise UserError(
+                f"{key.replace('_', '-')} is not supported: launch/supervise.py starts a run "
+                "again, and run.hang_minutes ends one that hangs."
+            )
     decay = args.lr_decay_iters or args.train_iters
     if args.train_iters is not None and args.lr_warmup_iters >= decay:
         raise UserError(

@@ -1,9 +1,12 @@
 """Faults: what a rank does, what the supervisor makes of it, which checkpoint is taken."""
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,12 +14,14 @@ import time
 from pathlib import Path
 
 import fault_job
+import psutil
 import pytest
 import soak
 import torch
 from test_pretrain import CONTEXT, arguments, launch, records, weights
 
 from launch import supervise
+from launch.environment import check_resiliency
 from mhc_megatron import faults, spikes
 from mhc_megatron.checkpoint import sound
 from mhc_megatron.errors import UserError
@@ -139,6 +144,7 @@ def test_a_truncated_checkpoint_costs_the_steps_since_the_one_before(config, who
 # ------------------------------------------------------------------------------- what goes wrong
 
 
+@pytest.mark.slow
 def test_a_hang_prints_the_stacks_and_ends(config, tmp_path):
     began, run = time.time(), tmp_path / "run"
     words = arguments(config, run, *SETTINGS, "run.hang_minutes=0.05")
@@ -147,6 +153,51 @@ def test_a_hang_prints_the_stacks_and_ends(config, tmp_path):
     assert faults.HUNG in log and "in wait_for_ever" in log
     attempt = verdict(run, began, 1)
     assert attempt.verdict == "again" and attempt.reason.startswith("rank-0 made no progress")
+
+
+def test_a_collective_that_never_ends_prints_the_stacks_of_those_who_wait(config, tmp_path):
+    """One of two ranks stays away at the third step."""
+    began, run = time.time(), tmp_path / "run"
+    words = arguments(config, run, *SETTINGS, "run.hang_minutes=0.1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank, fault in enumerate((None, "hang")):
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        given = (words, str(tmp_path / f"out-{rank}"), fault, 3, environment)
+        processes.append(CONTEXT.Process(target=fault_job.run, args=given))
+        processes[-1].start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [1, 1]
+    first, second = ((run / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1))
+    # The rank that waits says so too, unless its peer's end was first: then gloo does.
+    assert "all_reduce" in first and (faults.HUNG in first or "gloo" in first)
+    assert faults.HUNG in second and "in wait_for_ever" in second
+    attempt = verdict(run, began, 1)
+    assert attempt.verdict == "again" and "made no progress" in attempt.reason
+
+
+@pytest.mark.slow
+def test_a_writer_that_was_killed_ends_its_rank(config, whole_run, tmp_path):
+    """Asynchronous saves: the rank notices, and the next attempt ends with the same weights."""
+    run, killed = tmp_path / "run", []
+    words = arguments(config, run, *SETTINGS, "async-save=true")
+
+    def kill(pid: int, said: str) -> None:
+        if "iteration       2/" in said and not killed:
+            killed.extend(soak._writers([psutil.Process(pid)]))
+            for writer in killed:
+                writer.kill()
+
+    began = time.time()
+    assert launch(words, tmp_path / "out", kill) == 1 and killed
+    assert "the writer of checkpoints has died (exit code -9)" in verdict(run, began, 1).reason
+    assert launch(words, tmp_path / "out") == 0
+    saved = [r["iteration"] for r in records(run, "save")]
+    assert saved == [4, 8, 12] and same(run, whole_run)
 
 
 @pytest.mark.slow
@@ -180,6 +231,7 @@ def test_a_spike_ends_the_run_where_that_is_the_policy(config, tmp_path):
     assert "usual is 4." in attempt.reason and "(run.loss_spike: stop)" in attempt.reason
 
 
+@pytest.mark.slow
 def test_a_spike_is_told_and_trained_where_that_is_the_policy(config, tmp_path):
     run = tmp_path / "run"
     words = arguments(config, run, *SETTINGS, "run.loss_spike=log")
@@ -233,7 +285,10 @@ def test_a_bad_loss_ends_the_run_where_that_is_the_policy(config, tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
-def test_a_full_disk_during_a_save(config, whole_run, tmp_path):
+@pytest.mark.parametrize(
+    "asynchronous", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_a_full_disk_during_a_save(asynchronous, config, whole_run, tmp_path):
     run = tmp_path / "run"
     folder = run / "checkpoints"
     folder.mkdir(parents=True)
@@ -245,7 +300,7 @@ def test_a_full_disk_during_a_save(config, whole_run, tmp_path):
         pytest.skip("cannot mount a file system here")
     try:
         began = time.time()
-        words = arguments(config, run, *SETTINGS)
+        words = arguments(config, run, *SETTINGS, f"async-save={str(asynchronous).lower()}")
         code = launch(words, tmp_path / "out")
         attempt = verdict(run, began, code)
         assert code == 1 and attempt.verdict == "give up"
@@ -295,6 +350,20 @@ def supervised(tmp_path: Path, body: str, attempts: int = 3):
 def impatient(monkeypatch):
     monkeypatch.setattr(supervise, "PAUSE", 0.01)
     monkeypatch.setattr(supervise, "_LATE", 0.0)
+
+
+def test_the_supervisor_needs_no_package():
+    """It runs on the node itself, where the ranks' software may be in a container."""
+    command = [sys.executable, "-S", "-E", str(ROOT / "launch" / "supervise.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and "--requeue" in result.stdout, result.stderr
+
+
+def test_an_old_resiliency_extension_is_refused_with_a_sentence(monkeypatch):
+    for found, refused in (("0.4.1", True), ("0.6.0", False), ("0.7.0", False)):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, found=found: found)
+        with pytest.raises(UserError, match="0.4.1") if refused else contextlib.nullcontext():
+            check_resiliency()
 
 
 def test_complete(tmp_path):

@@ -309,3 +309,17 @@ def test_the_checkpoint_writers_queue_is_made_where_it_is_replaced():
     assert "_results_queue = ctx.Manager().Queue()" in inspect.getsource(
         filesystem_async.get_write_results_queue
     )
+
+
+def test_the_asynchronous_writer_is_what_it_is_guarded_as():
+    """mhc_megatron/faults.py: its process, its queues, and the loop that the process runs."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    start = inspect.getsource(PersistentAsyncCaller._get_process)
+    assert "target=PersistentAsyncCaller.async_loop" in start
+    assert "cls._persistent_process.daemon = True" in start
+    schedule = inspect.getsource(PersistentAsyncCaller.schedule_async_call)
+    assert "PersistentAsyncCaller._get_process(torch.distributed.get_rank())" in schedule
+    assert "self._persistent_preload_q.join()" in schedule
+    done = inspect.getsource(PersistentAsyncCaller.is_current_async_call_done)
+    assert "self._persistent_comp_q.get_nowait()" in done and "self.cur_item" in done
