@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ import bench_training  # noqa: E402
 from kernel_bench.timing import Times  # noqa: E402
 from training_bench import classes, columns, trace  # noqa: E402
 
+from mhc_megatron import connection  # noqa: E402
 from mhc_megatron.config import MHCConfig  # noqa: E402
 from mhc_megatron.counting import Flops  # noqa: E402
 from mhc_megatron.errors import UserError  # noqa: E402
@@ -177,6 +179,53 @@ def test_columns_take_turns_by_precision():
     assert found[1].mhc == MHCConfig(kernels="reference") and found[2].peer
     with pytest.raises(UserError, match="unknown key"):
         columns.columns(["mhc:recomputes=1"], ["bf16"], [], {})
+
+
+def test_a_peers_connection_reads_and_writes_through_its_kernels(monkeypatch):
+    """Transformer Engine's functions, by an eager stand-in of their layouts: x [s, b, C, n], phi's
+    columns with the streams innermost, bias [1, K]."""
+    from training_bench import peers
+
+    from mhc_kernels import reference
+
+    n, C = 4, 16
+
+    def mix(x, phi, alpha, bias):
+        ours = phi.unflatten(1, (C, n)).transpose(1, 2).flatten(1)
+        assert x.shape[-2:] == (C, n) and bias.shape == (1, 24)
+        return reference.mhc_pre(x.transpose(-2, -1), ours, alpha, bias[0])
+
+    def combine(y, y_bias, H_post, x, H_res, streams):
+        return reference.mhc_post(x.transpose(-2, -1), y, H_post, H_res, y_bias).transpose(-2, -1)
+
+    package = "transformer_engine.pytorch.triton"
+    names = ("transformer_engine", "transformer_engine.pytorch", package)
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    kernels = types.SimpleNamespace(
+        mhc_generate_mix_and_aggregate=mix, mhc_fused_expand_combine=combine
+    )
+    monkeypatch.setattr(sys.modules[package], "mhc", kernels, raising=False)
+    peers._operations.cache_clear()
+    (column,) = columns.columns([], ["bf16"], ["transformer-engine"], {"recompute": "auto"})
+    assert column.mhc.recompute == 0 and not column.mhc.fuse_norm
+    options = (column.mhc, C, 1, "0.mlp")
+    theirs = peers.TransformerEngineConnection(*options, device=torch.device("cpu"))
+    own = connection.HyperConnection(*options, device=torch.device("cpu"))
+    with torch.no_grad():
+        own.phi.copy_(theirs.phi.unflatten(1, (C, n)).transpose(1, 2).flatten(1))
+    x = torch.randn(3, 2, C, n)
+    y = torch.randn(3, 2, C)
+    found = []
+    for module, streams in ((theirs, x), (own, x.transpose(-2, -1))):
+        u = module(streams.flatten(-2))
+        write = connection.Write(y, None, *module.take_coefficients())
+        found.append((u, module.mix(streams.flatten(-2), write, True, 0.0)))
+    peers._operations.cache_clear()
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(
+        found[0][1].unflatten(-1, (C, n)), found[1][1].unflatten(-1, (n, C)).transpose(-2, -1)
+    )
 
 
 # --- the trace -----------------------------------------------------------------------------------

@@ -128,10 +128,12 @@ def _bench(columns, part, options: argparse.Namespace, on_gpu: bool):
         for column in columns:
             _say(f"{precision}: {column.label}: building")
             built.append(models.Model(column, args, part, with_optimizer=options.optimizer))
-        _say(f"{precision}: {options.steps} steps of each, in turns")
         # Rank 0's: all ranks write to one folder.
         traces = options.out if options.traces and args.rank == 0 else None
-        found = measure.measure(built, options.steps, options.profile_steps, traces)
+        found = measure.measure(
+            built, options.steps, options.profile_steps, traces,
+            lambda what: _say(f"{precision}: {what}"),
+        )  # fmt: skip
         for result, model, measured in zip(group.results, built, found):
             _fill(result, model, measured, on_gpu)
         _vocabulary(group, built, part, options)

@@ -328,10 +328,11 @@ def _imported(
 
 
 def extra_states(plan_pieces: list[Piece], args: Namespace) -> dict[str, bytes]:
-    """``_extra_state`` of every linear layer: Megatron asks for them; [None] says there is none."""
+    """``_extra_state`` of every linear layer and norm: Transformer Engine's modules ask for theirs;
+    [None] says there is none."""
     empty, states = archive(None), {}
     for piece in plan_pieces:
-        if piece.rule.linear:
+        if piece.rule.linear or piece.megatron.endswith("norm.weight"):
             name = piece.megatron.removesuffix(".weight") + "._extra_state"
             shard = "shard_0_1"
             if piece.expert is not None:

@@ -62,7 +62,8 @@ def columns(
     Args:
         variants: ``name`` or ``name:key=value:key=value`` with keys of MHCConfig.
         precisions: keys of PRECISIONS.
-        peers: of PEERS; each is a column with ``mhc``'s values and variant mhc.
+        peers: of PEERS; each is a column with ``mhc``'s values and variant mhc, the norms apart and
+            nothing recomputed, which their kernels have no calls for.
         mhc: the configuration's own values, before a variant changes them.
 
     Raises:
@@ -79,8 +80,9 @@ def columns(
         for precision in precisions
         for label in variants
     ]
+    theirs = {**mhc, "variant": "mhc", "fuse_norm": False, "recompute": "off"}
     found += [
-        Column(peer, precision, MHCConfig.from_mapping({**mhc, "variant": "mhc"}), peer)
+        Column(peer, precision, MHCConfig.from_mapping(theirs), peer)
         for precision in precisions
         for peer in peers
     ]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -51,17 +51,23 @@ class Measured:
 
 
 def measure(
-    models: Sequence[Model], steps: int, profile_steps: int, traces: Path | None
+    models: Sequence[Model],
+    steps: int,
+    profile_steps: int,
+    traces: Path | None,
+    say: Callable[[str], None],
 ) -> list[Measured]:
     """Time ``steps`` steps of every model, then profile ``profile_steps`` of each.
 
-    ``traces``: folder for the last trace of each model; None keeps none.
+    ``traces``: folder for the last trace of each model; None keeps none. ``say`` hears what begins.
     """
+    say(f"{WARM_UP} steps of each to warm up")
     for _ in range(WARM_UP):
         for model in models:
             model.prepare()
             model.step()
     torch.cuda.synchronize()
+    say(f"{steps} steps of each, in turns")
     samples = [_Samples() for _ in models]
     gc.collect()
     gc.disable()
@@ -73,6 +79,7 @@ def measure(
         torch.cuda.synchronize()
     finally:
         gc.enable()
+    say(f"{profile_steps} profiled steps of each")
     profiles = profile(models, profile_steps, traces)
     return [
         Measured(*sample.times(), sample.peak, model.loss(), found)

@@ -54,12 +54,12 @@ def _operations() -> SimpleNamespace:
             f"({error})."
         ) from error
 
-    def pre(x, phi, alpha, bias, *, variant: str, iterations: int, eps: float):
+    def pre(x, phi, alpha, bias, *, variant: str, iterations: int, eps: float, with_H_pre: bool):
         if variant != "mhc" or iterations != 20 or x.shape[-1] != 4:
             raise UserError(
                 "--peer transformer-engine has variant mhc, n = 4 and 20 iterations only."
             )
-        return mhc.mhc_generate_mix_and_aggregate(x, phi, alpha, bias.unsqueeze(0))
+        return *mhc.mhc_generate_mix_and_aggregate(x, phi, alpha, bias.unsqueeze(0)), None
 
     def post(x, y, H_post, H_res, y_bias=None):
         return mhc.mhc_fused_expand_combine(y, y_bias, H_post, x, H_res, 4)
