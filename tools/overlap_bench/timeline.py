@@ -188,7 +188,8 @@ def draw(found: list[Span], path: Path, title: str, window: tuple[float, float])
     seen = {s.node for s in shown}
     keys = [Patch(color=c, label=label) for node, (label, c) in NODES.items() if node in seen]
     keys.append(Patch(facecolor="#bbbbbb", hatch="////", edgecolor="white", label="backward"))
-    axes.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=7, fontsize=8)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5}
+    axes.legend(handles=keys, ncols=7, fontsize=8, **below)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
