@@ -22,15 +22,20 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.argument_utils import gpt_config_from_args
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from mhc_megatron import cpu
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
-from mhc_megatron.training import MHCModelBuilder, MHCModelConfig, carry_yarn
+from mhc_megatron.training import (
+    MHCHybridModelBuilder,
+    MHCModelBuilder,
+    MHCModelConfig,
+    model_config_from_args,
+)
 
 # ------------------------------------------------------------------------------------ checkpoints
 
@@ -82,8 +87,6 @@ def read_arguments(checkpoint: str) -> tuple[Namespace, MHCConfig]:
         args = dist_checkpointing.load_common_state_dict(checkpoint).get("args")
     if args is None:
         raise UserError(f"the checkpoint {checkpoint} does not hold the settings of its run.")
-    if getattr(args, "hybrid_layer_pattern", None):
-        raise UserError(f"the checkpoint {checkpoint} is of a hybrid model; only GPT is supported.")
     mhc = MHCConfig.from_mapping(getattr(args, "mhc", None) or {"variant": "none"})
     return args, mhc
 
@@ -194,7 +197,7 @@ LOCAL: dict[str, Any] = {
 }
 
 
-def load_model(checkpoint: str, args: Namespace, mhc: MHCConfig) -> GPTModel:
+def load_model(checkpoint: str, args: Namespace, mhc: MHCConfig) -> GPTModel | HybridModel:
     """The model of a checkpoint with its weights, for evaluation, on the GPU or else the CPU.
 
     Changes ``args`` to one process. Call once a process; without a GPU after ``cpu.enable()``.
@@ -207,10 +210,11 @@ def load_model(checkpoint: str, args: Namespace, mhc: MHCConfig) -> GPTModel:
         vars(args).update(LOCAL)
     vars(args)["use_cpu_initialization"] = cpu.enabled()
     _one_process(args.seed)
-    config = gpt_config_from_args(args, model_config_cls=MHCModelConfig)
-    config.mhc = mhc
-    carry_yarn(config.transformer, args)
-    model = MHCModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    if args.hybrid_layer_pattern is not None:  # neither stages nor a prediction layer
+        args.hybrid_layer_pattern = args.hybrid_layer_pattern.partition("/")[0].replace("|", "")
+    config = model_config_from_args(args, mhc)
+    builder = MHCModelBuilder if isinstance(config, MHCModelConfig) else MHCHybridModelBuilder
+    model = builder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     model = model.to(dtype=args.params_dtype, device="cuda").eval().requires_grad_(False)
     with _explained(checkpoint):
         metadata = dist_checkpointing.load_content_metadata(checkpoint)
@@ -284,7 +288,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
 
 @torch.no_grad()
 def generate(
-    model: GPTModel,
+    model: GPTModel | HybridModel,
     prompt: Sequence[int],
     tokens: int,
     sampling: Sampling,
@@ -332,7 +336,9 @@ def check_prompt(prompt: Sequence[int], tokens: int, vocab_size: int, positions:
 
 
 def next_logits(
-    model: GPTModel, sequence: Sequence[int], context: StaticInferenceContext | None
+    model: GPTModel | HybridModel,
+    sequence: Sequence[int],
+    context: StaticInferenceContext | None,
 ) -> Tensor:
     """Logits [V] of the token after ``sequence``; runs only what ``context`` does not know yet."""
     known = context.sequence_len_offset if context is not None else 0

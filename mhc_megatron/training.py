@@ -59,6 +59,7 @@ from mhc_megatron.checkpoint.sound import settle
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.corpus import check_corpus
 from mhc_megatron.errors import UserError
+from mhc_megatron.hybrid import local_hybrid_stack
 from mhc_megatron.layer_spec import mhc_layer_spec
 from mhc_megatron.optimizer import group_connections
 from mhc_megatron.overlap import HyperConnectedGPTModel
@@ -109,9 +110,12 @@ class MHCHybridModelBuilder(HybridModelBuilder):
 
     def __init__(self, model_config: MHCHybridModelConfig) -> None:
         super().__init__(model_config)
-        spec = model_config.hybrid_stack_spec or default_hybrid_stack_spec
+        config = model_config.transformer
+        spec = model_config.hybrid_stack_spec
+        if spec is None and config.transformer_impl == "local":
+            spec = local_hybrid_stack(config)
         model_config.hybrid_stack_spec = mhc_layer_spec(
-            spec, model_config.transformer, model_config.mhc
+            spec or default_hybrid_stack_spec, config, model_config.mhc
         )
 
     def build_distributed_models(self, *args, **kwargs) -> list[HybridModel]:
@@ -419,10 +423,11 @@ def check_arguments(args: Namespace) -> None:
             "mtp-num-layers over several pipeline stages: Megatron 0.19.2 cannot save tied "
             "embeddings then; set untie-embeddings-and-output-weights: true."
         )
-    if args.hybrid_layer_pattern is not None and args.transformer_impl == "local" and not args.spec:
+    others = "".join(sorted(set(args.hybrid_layer_pattern or "") - set("*+-E/|")))
+    if others and (mhc.enabled or args.transformer_impl == "local") and not args.spec:
         raise UserError(
-            "hybrid-layer-pattern: Megatron's own hybrid layers need Transformer Engine; give spec "
-            "a stack of others."
+            f"hybrid-layer-pattern: {others!r} stands for layers that are not supported; attention "
+            "(*), latent attention (+), MLP (-) and experts (E) are."
         )
 
 

@@ -32,6 +32,8 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
                    "group-query-attention=true", "num-query-groups=2")),  # fmt: skip
     "half": (1, ("bf16=true", "use-distributed-optimizer=true", "mhc.lr-mult=0.5")),
     "residual": (1, ("mhc.variant=none",)),
+    "hybrid": (1, ("hybrid-layer-pattern='*-*-/*-'", "num-layers=4", "position-embedding-type=rope",
+                   "mtp-num-layers=1")),
 }
 
 

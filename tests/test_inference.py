@@ -14,14 +14,17 @@ KINDS = {
     "grouped queries, biases": {"num_query_groups": 2, "add_bias_linear": True},
     "fp32 residual": {"fp32_residual_connection": True},
     "dropout, off in evaluation": {"hidden_dropout": 0.3},
+    "hybrid *-": {"hybrid_layer_pattern": "*-*-*-", "num_layers": 6},
 }
 
 
 def model(kind: str, **mhc):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from mhc_megatron.hybrid import local_hybrid_stack
     from mhc_megatron.layer_spec import mhc_layer_spec
 
     options = {
@@ -41,18 +44,22 @@ def model(kind: str, **mhc):
         "apply_rope_fusion": False,
         "masked_softmax_fusion": False,
     }
-    config = TransformerConfig(**{**options, **KINDS[kind]})
-    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    options |= KINDS[kind]
+    pattern = options.pop("hybrid_layer_pattern", None)
+    config = TransformerConfig(**options)
     torch.manual_seed(5)
-    gpt = GPTModel(
-        config,
-        mhc_layer_spec(spec, config, MHCConfig(alpha=0.5, init_std=0.1, **mhc)),
-        vocab_size=VOCABULARY,
-        max_sequence_length=SEQUENCE,
-        position_embedding_type="rope",
-        parallel_output=False,
-    )
-    return gpt.eval()
+    of_model = {
+        "vocab_size": VOCABULARY,
+        "max_sequence_length": SEQUENCE,
+        "position_embedding_type": "rope",
+        "parallel_output": False,
+    }
+    connections = MHCConfig(alpha=0.5, init_std=0.1, **mhc)
+    if pattern is None:
+        spec = get_gpt_layer_local_spec(normalization=config.normalization)
+        return GPTModel(config, mhc_layer_spec(spec, config, connections), **of_model).eval()
+    spec = mhc_layer_spec(local_hybrid_stack(config), config, connections)
+    return HybridModel(config, spec, hybrid_layer_pattern=pattern, **of_model).eval()
 
 
 @torch.no_grad()

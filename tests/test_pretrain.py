@@ -235,6 +235,7 @@ BAD = {
         ],
         "mhc: recompute auto: recompute-granularity full makes whole layers again",
     ),
+    "Mamba layers": (["hybrid-layer-pattern=M-*-"], "'M' stands for layers that are not supported"),
     "ft_launcher's": (["enable-ft-package=true"], "enable-ft-package is not supported: launch/sup"),
     "restart in the process": (["inprocess-restart=true"], "inprocess-restart is not supported"),
     "spikes of every step": (["run.spike_factor=0.5"], "spike_factor must be larger than 1"),

@@ -21,23 +21,12 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.enums import ModelType
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.multi_token_prediction import (
-    MultiTokenPredictionBlock,
-    MultiTokenPredictionBlockSubmodules,
-    get_mtp_layer_spec_for_backend,
-)
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.utils import get_model_config
 
 from mhc_megatron.config import MHCConfig
@@ -139,8 +128,6 @@ def model_config(
     # Megatron's own flag wants half precision and several expert-parallel ranks
     # (transformer_config.py:2680); nothing that it turns on needs either.
     config.overlap_moe_expert_parallel_comm |= overlap
-    if hybrid and config.transformer_impl == "local":
-        own["hybrid_stack_spec"] = hybrid_spec(config)
     return model_class(
         transformer=config, vocab_size=VOCABULARY, seq_length=SEQUENCE, mhc=mhc, **own
     )
@@ -187,45 +174,6 @@ def build_with(module: str):
         ]
 
     return build
-
-
-def hybrid_spec(config: TransformerConfig) -> ModuleSpec:
-    """Megatron's hybrid stack without Transformer Engine: attention, latent attention, MLP, MoE."""
-    dense = get_gpt_layer_local_spec(normalization=config.normalization)
-    expert = get_gpt_layer_local_spec(num_experts=8, normalization=config.normalization)
-    layer = dense.module
-    latent = get_gpt_layer_local_spec(
-        normalization=config.normalization, multi_latent_attention=True
-    )
-    prediction = get_mtp_layer_spec_for_backend(None, backend=LocalSpecProvider())
-
-    def attention(spec: ModuleSpec) -> TransformerLayerSubmodules:
-        return TransformerLayerSubmodules(
-            input_layernorm=spec.submodules.input_layernorm,
-            self_attention=spec.submodules.self_attention,
-            self_attn_bda=get_bias_dropout_add,
-        )
-
-    def feed_forward(spec: ModuleSpec) -> TransformerLayerSubmodules:
-        return TransformerLayerSubmodules(
-            pre_mlp_layernorm=spec.submodules.pre_mlp_layernorm,
-            mlp=spec.submodules.mlp,
-            mlp_bda=get_bias_dropout_add,
-        )
-
-    return ModuleSpec(
-        module=HybridStack,
-        submodules=HybridStackSubmodules(
-            attention_layer=ModuleSpec(module=layer, submodules=attention(dense)),
-            mla_layer=ModuleSpec(module=layer, submodules=attention(latent)),
-            mlp_layer=ModuleSpec(module=layer, submodules=feed_forward(dense)),
-            moe_layer=ModuleSpec(module=layer, submodules=feed_forward(expert)),
-            mtp_block_spec=ModuleSpec(
-                module=MultiTokenPredictionBlock,
-                submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[prediction]),
-            ),
-        ),
-    )
 
 
 def gather_context() -> None:
