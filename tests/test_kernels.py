@@ -241,3 +241,43 @@ def test_wrong_parameters_are_named(change, message):
     with pytest.raises(ValueError) as caught:
         mhc_kernels.mhc_pre(inputs["x"], inputs["phi0"], inputs["alpha0"], inputs["bias0"])
     assert message in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_compiler_sees_one_op_each(monkeypatch):
+    """Forward and backward traced without a break; the kernels stand still, no value is looked at.
+
+    Untraced, the functions behind the ops run without them.
+    """
+    from mhc_kernels import functions
+
+    monkeypatch.setattr(functions, "INTERPRETED", True)
+    T, n, C = 8, 4, 64
+    half = {"dtype": torch.bfloat16, "requires_grad": True}
+    x, y = torch.zeros(T, n, C, **half), torch.zeros(T, C, **half)
+    params = [torch.zeros(s, requires_grad=True) for s in ((24, n * C), (3,), (24,))]
+    seen = []
+
+    def chain(x, y, *params):
+        x, u, H_post, H_res = mhc_kernels.mhc_enter(x, *params)
+        x, u, H_post, H_res = mhc_kernels.mhc_post_pre(x, y + u, H_post, H_res, *params)
+        again, _, _ = mhc_kernels.mhc_pre(x, *params)
+        return mhc_kernels.mhc_post(x, u + again, H_post, H_res)
+
+    def look(graph, _):
+        seen.append({str(node.target) for node in graph.graph.nodes})
+        return graph
+
+    def run():
+        with torch._dynamo.config.patch(disable=False):
+            for backend in (look, "aot_eager"):
+                torch._dynamo.reset()
+                compiled = torch.compile(chain, fullgraph=True, backend=backend)
+                compiled(x, y, *params).sum().backward()
+        x_last = chain(x, y, *params)
+        assert x_last.grad_fn.next_functions[0][0].name() == "PostBackward"
+        x_last.sum().backward()
+
+    assert len(record(monkeypatch, 90, run)) > 20
+    assert {f"mhc_kernels.{name}.default" for name in ("post_pre", "pre", "post")} <= seen[0]
+    assert x.grad.shape == x.shape

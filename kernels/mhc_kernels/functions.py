@@ -110,9 +110,10 @@ def mhc_pre(
             x, phi, alpha, bias, variant=variant, iterations=iterations, eps=eps,
             norm_weight=norm_weight, norm_eps=norm_eps, with_H_pre=with_H_pre,
         )  # fmt: skip
-    u, H_post, H_res, *_, H_pre = ops.pre_op(
-        _flat(x, 2), *parameters, norm_weight, variant, iterations, eps, norm_eps
-    )
+    u, H_post, H_res, *_, H_pre = ops.run(
+        ops.pre_op, ops.Pre, _flat(x, 2), *parameters, norm_weight,
+        variant, iterations, eps, norm_eps,
+    )  # fmt: skip
     return _outputs(x.shape[:-2], u, H_post, H_res, variant, H_pre if with_H_pre else None)
 
 
@@ -167,7 +168,8 @@ def mhc_post(
     if not supported(x):
         return reference.mhc_post(x, y, H_post, H_res, y_bias)
     flat_x, flat_y, flat_post, flat_res = _post_operands(x, y, H_post, H_res)
-    return ops.post_op(flat_x, flat_y, y_bias, flat_post, flat_res).reshape(x.shape)
+    x_next = ops.run(ops.post_op, ops.Post, flat_x, flat_y, y_bias, flat_post, flat_res)
+    return x_next.reshape(x.shape)
 
 
 def mhc_post_pre(
@@ -196,9 +198,9 @@ def mhc_post_pre(
             with_H_pre=with_H_pre,
         )  # fmt: skip
     flat_x, flat_y, flat_post, flat_res = _post_operands(x, y, H_post, H_res)
-    x_next, u, next_post, next_res, *_, H_pre = ops.post_pre_op(
-        flat_x, flat_y, y_bias, flat_post, flat_res, *parameters, norm_weight,
-        variant, iterations, eps, norm_eps,
+    x_next, u, next_post, next_res, *_, H_pre = ops.run(
+        ops.post_pre_op, ops.PostPre, flat_x, flat_y, y_bias, flat_post, flat_res,
+        *parameters, norm_weight, variant, iterations, eps, norm_eps,
     )  # fmt: skip
     H_pre = H_pre if with_H_pre else None
     rest = _outputs(x.shape[:-2], u, next_post, next_res, variant, H_pre)

@@ -44,6 +44,12 @@ def _device(index: int | None) -> tuple[int, int]:
 
 
 @cache
+def _tile_layout(width: int, rank: int) -> NVMMASharedLayout:
+    """Shared memory of a tile of two-byte elements whose rows have ``width`` bytes."""
+    return NVMMASharedLayout(width, 16, rank)
+
+
+@cache
 def _permutation_table(n: int, device: torch.device) -> Tensor:
     return permutations(n, device, torch.float32).reshape(-1, n * n).contiguous()
 
@@ -97,12 +103,12 @@ class Plan:
 
     def hopper_streams(self, t: Tensor, b: tuning.Block) -> HopperDescriptor:
         """Descriptor of [T, n, C] as n tiles, one a stream, in one copy."""
-        n, C, layout = self.n, self.C, NVMMASharedLayout(2 * b.BC, 16, 3)
+        n, C, layout = self.n, self.C, _tile_layout(2 * b.BC, 3)
         return HopperDescriptor(t, [n, self.T, C], [C, n * C, 1], [n, b.BT, b.BC], layout)
 
     def hopper_rows(self, t: Tensor, b: tuning.Block) -> HopperDescriptor:
         """Descriptor of [T, C] in tiles."""
-        layout = NVMMASharedLayout(2 * b.BC, 16, 2)
+        layout = _tile_layout(2 * b.BC, 2)
         return HopperDescriptor(t, [self.T, self.C], [self.C, 1], [b.BT, b.BC], layout)
 
     def hopper_phi(self, split: Tensor, b: tuning.Block, streams_first: bool) -> HopperDescriptor:
@@ -115,9 +121,8 @@ class Plan:
         outer = (stream, half) if streams_first else (half, stream)
         shape, strides = zip(*outer, (K, n * C), (C, 1), strict=True)
         block = [outer[0][0], outer[1][0], self.KP, b.BC]
-        return HopperDescriptor(
-            split, list(shape), list(strides), block, NVMMASharedLayout(2 * b.BC, 16, 4)
-        )
+        layout = _tile_layout(2 * b.BC, 4)
+        return HopperDescriptor(split, list(shape), list(strides), block, layout)
 
     def phi(self, phi: Tensor, split: Tensor | None, BC: int, both: bool) -> TensorDescriptor:
         """phi in tiles of all (padded) rows: float32, or its high and low halves, one or both."""
@@ -493,7 +498,7 @@ def _boundary_grad_hopper(
     phi = w = None
     if logits is not None:
         phi = s.hopper_phi(logits.split, b, streams_first=False)
-        layout = NVMMASharedLayout(2 * s.KP, 16, 2)
+        layout = _tile_layout(2 * s.KP, 2)
         w = HopperDescriptor(logits.w, [s.T, 2 * s.KP], [2 * s.KP, 1], [b.BT, s.KP], layout)
 
     def row_or_x(t: Tensor | None) -> HopperDescriptor:

@@ -1,15 +1,17 @@
 """torch custom ops and their gradients around ``launch``.
 
 Every operation is a ``torch.library`` custom op with a fake implementation, and so is its backward:
-torch.compile and CUDA-graph capture see one opaque node each. Saved for backward beyond x, y and
-the parameters are float32 numbers per token: the projection p (K), 1 / rms, with a fused norm the
-products of streams (n(n+1)/2), and the H_post and H_res that the caller holds anyway: 180 bytes at
-n = 4. x_next is the next sublayer's x, kept once.
+torch.compile sees one opaque node each. Where nothing traces, plain ``autograd.Function``s run the
+same functions (``run``), since the dispatch of an op in Python takes the host about as long as what
+it launches. Saved for backward beyond x, y and the parameters are float32 numbers per token: the
+projection p (K), 1 / rms, with a fused norm the products of streams (n(n+1)/2), and the H_post and
+H_res that the caller holds anyway: 180 bytes at n = 4. x_next is the next sublayer's x, kept once.
 
 The ops take flat operands (x [T, n, C], y [T, C], contiguous, float32 parameters); an identity
 H_res is an empty tensor on the way out and None on the way in. ``functions`` is the interface.
 """
 
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,6 +20,16 @@ from . import launch
 from .launch import Plan
 
 Names = ("variant", "iterations", "eps", "norm_eps")
+
+
+def _registered(function: Callable):
+    """The custom op ``mhc_kernels::<name>`` of a function that changes none of its arguments."""
+    return torch.library.custom_op(f"mhc_kernels::{function.__name__}", function, mutates_args=())
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether a compiler looks on: it says so, or the operands are tensors of its own kind."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
 
 
 def _ready(t: Tensor | None) -> Tensor | None:
@@ -40,8 +52,7 @@ def _pre_outputs(x: Tensor, variant: str, norm: bool) -> tuple[Tensor, ...]:
     return x.new_empty(T, C), new(T, n), H_res, new(T, K), new(T), gram, new(T, n)
 
 
-@torch.library.custom_op("mhc_kernels::pre", mutates_args=())
-def pre_op(
+def pre(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, norm_weight: Tensor | None,
     variant: str, iterations: int, eps: float, norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -58,13 +69,15 @@ def pre_op(
         )
 
 
+pre_op = _registered(pre)
+
+
 @pre_op.register_fake
 def _(x, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps):
     return _pre_outputs(x, variant, norm_weight is not None)
 
 
-@torch.library.custom_op("mhc_kernels::post_pre", mutates_args=())
-def post_pre_op(
+def post_pre(
     x: Tensor, y: Tensor, y_bias: Tensor | None, H_post: Tensor, H_res: Tensor | None,
     phi: Tensor, alpha: Tensor, bias: Tensor, norm_weight: Tensor | None,
     variant: str, iterations: int, eps: float, norm_eps: float,
@@ -82,6 +95,9 @@ def post_pre_op(
         ))  # fmt: skip
 
 
+post_pre_op = _registered(post_pre)
+
+
 @post_pre_op.register_fake
 def _(
     x, y, y_bias, H_post, H_res, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps
@@ -89,8 +105,7 @@ def _(
     return (torch.empty_like(x), *_pre_outputs(x, variant, norm_weight is not None))
 
 
-@torch.library.custom_op("mhc_kernels::post", mutates_args=())
-def post_op(
+def post(
     x: Tensor, y: Tensor, y_bias: Tensor | None, H_post: Tensor, H_res: Tensor | None
 ) -> Tensor:
     """x_next."""
@@ -101,13 +116,15 @@ def post_op(
         return launch.post(s, x, y, y_bias, H_post, H_res)
 
 
+post_op = _registered(post)
+
+
 @post_op.register_fake
 def _(x, y, y_bias, H_post, H_res):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("mhc_kernels::boundary_backward", mutates_args=())
-def boundary_backward_op(
+def boundary_backward(
     x: Tensor, y: Tensor | None, y_bias: Tensor | None, H_post: Tensor | None,
     H_res: Tensor | None, x_next: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
     norm_weight: Tensor | None, p: Tensor, inverse_rms: Tensor, gram: Tensor,
@@ -135,6 +152,9 @@ def boundary_backward_op(
     return tuple(x.new_empty(0) if t is None else t for t in (*streams, *parameters, dnorm))
 
 
+boundary_backward_op = _registered(boundary_backward)
+
+
 @boundary_backward_op.register_fake
 def _(
     x, y, y_bias, H_post, H_res, x_next, phi, alpha, bias, norm_weight, p, inverse_rms, gram,
@@ -149,8 +169,7 @@ def _(
     )  # fmt: skip
 
 
-@torch.library.custom_op("mhc_kernels::post_backward", mutates_args=())
-def post_backward_op(
+def post_backward(
     x: Tensor, y: Tensor, y_bias: Tensor | None, H_post: Tensor, H_res: Tensor | None, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, y, H_post, H_res (empty for the identity)."""
@@ -159,6 +178,9 @@ def post_backward_op(
     with torch.cuda.device_of(x):
         dx, dy, dH_post, dH_res, _ = launch.boundary_grad(s, x, y, y_bias, H_post, H_res, g)
     return dx, dy, dH_post, x.new_empty(0) if dH_res is None else dH_res
+
+
+post_backward_op = _registered(post_backward)
 
 
 @post_backward_op.register_fake
@@ -206,7 +228,8 @@ def _pre_gradients(ctx, g, du, dH_post, dH_res):
     if x.numel() == 0:
         return (*(_zeros(t) for t in (x, phi, alpha, bias, norm_weight)), *4 * (None,))
     du = x.new_zeros(x.shape[0], x.shape[2]) if du is None else du
-    dx, _, _, _, dphi, dalpha, dbias, dnorm = boundary_backward_op(
+    backward = boundary_backward_op if _traced(x) else boundary_backward
+    dx, _, _, _, dphi, dalpha, dbias, dnorm = backward(
         x, None, None, None, None, x, phi, alpha, bias, norm_weight, p, inverse_rms, gram,
         g, du, _wide(dH_post), _wide(dH_res), *ctx.options,
     )  # fmt: skip
@@ -229,7 +252,8 @@ def _post_pre_backward(ctx, g, du, dH_post, dH_res, *unused):
         first = (_zeros(t) for t in (x, y, y_bias, H_post, H_res, phi, alpha, bias, norm_weight))
         return (*first, *4 * (None,))
     du = torch.zeros_like(y, dtype=x.dtype) if du is None else du
-    dx, dy, d_post, d_res, dphi, dalpha, dbias, dnorm = boundary_backward_op(
+    backward = boundary_backward_op if _traced(x) else boundary_backward
+    dx, dy, d_post, d_res, dphi, dalpha, dbias, dnorm = backward(
         *ctx.saved_tensors, g, du, _wide(dH_post), _wide(dH_res), *ctx.options
     )
     d_res = d_res.view_as(H_res) if H_res is not None else None
@@ -246,7 +270,8 @@ def _post_backward(ctx, g):
     x, y, y_bias, H_post, H_res = ctx.saved_tensors
     if x.numel() == 0:
         return tuple(_zeros(t) for t in ctx.saved_tensors)
-    dx, dy, d_post, d_res = post_backward_op(x, y, y_bias, H_post, H_res, g)
+    backward = post_backward_op if _traced(x) else post_backward
+    dx, dy, d_post, d_res = backward(x, y, y_bias, H_post, H_res, g)
     d_res = d_res.view_as(H_res) if H_res is not None else None
     return dx, dy, _bias_grad(dy, y_bias), d_post, d_res
 
@@ -265,6 +290,48 @@ post_pre_op.register_autograd(_post_pre_backward, setup_context=_post_pre_contex
 post_op.register_autograd(_post_backward, setup_context=_post_context)
 
 
+def run(op: Callable, function: type[torch.autograd.Function], x: Tensor, *inputs):
+    """``op`` of the operands where a compiler traces, else ``function``, which does the same."""
+    return op(x, *inputs) if _traced(x) else function.apply(x, *inputs)
+
+
+class Pre(torch.autograd.Function):
+    """``pre_op`` without the dispatch of an op."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = pre(*inputs)
+        _pre_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[3:])
+        return output
+
+    backward = staticmethod(_pre_backward)
+
+
+class PostPre(torch.autograd.Function):
+    """``post_pre_op`` without the dispatch of an op."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = post_pre(*inputs)
+        _post_pre_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[4:])
+        return output
+
+    backward = staticmethod(_post_pre_backward)
+
+
+class Post(torch.autograd.Function):
+    """``post_op`` without the dispatch of an op."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _post_context(ctx, inputs, None)
+        return post(*inputs)
+
+    backward = staticmethod(_post_backward)
+
+
 class Enter(torch.autograd.Function):
     """``pre_op`` that hands x on: whoever reads x next sends its gradient back through here.
 
@@ -275,7 +342,7 @@ class Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps):
         inputs = (x, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps)
-        output = pre_op(*inputs)
+        output = (pre_op if _traced(x) else pre)(*inputs)
         _pre_context(ctx, inputs, output)
         ctx.mark_non_differentiable(output[6])
         return (x.view_as(x), *output[:3], output[6])
