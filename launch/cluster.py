@@ -193,7 +193,6 @@ def render(job: Job, site: Site) -> str:
         srun=shlex.join(_srun(site)),
         config=job.config,
         changes=job.changes,
-        skip=bool(job.settings and job.settings.run.bad_loss == "skip"),
         sweep=job.sweep,
         world=job.nodes * ranks,
         convert=job.convert,

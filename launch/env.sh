@@ -24,8 +24,6 @@ gpu_defaults() {
     set_default TORCH_NCCL_ASYNC_ERROR_HANDLING 1
     set_default TORCH_NCCL_DUMP_ON_TIMEOUT 1
     set_default TORCH_FR_BUFFER_SIZE 2000
-    # The caching allocator need not keep a collective's buffers back until the next one ends.
-    set_default TORCH_NCCL_AVOID_RECORD_STREAMS 1
     # NVLink SHARP sums in the switch; it takes memory for each communicator, of which a layout in
     # five dimensions has many. Worth trying where data parallelism stays within NVLink.
     set_default NCCL_NVLS_ENABLE 0

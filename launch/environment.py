@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import socket
@@ -11,6 +12,11 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from mhc_megatron.apex import can_fuse_weight_gradients
+from mhc_megatron.errors import UserError
+
+#: The oldest nvidia-resiliency-ext beside which Megatron 0.19.2 can be imported at all
+#: (core/dist_checkpointing/strategies/nvrx.py:15, asked at import).
+RESILIENCY = (0, 6)
 
 
 def fusions(megatron: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,6 +37,23 @@ def fusions(megatron: Mapping[str, Any]) -> dict[str, Any]:
     if not can_fuse_weight_gradients():
         values["no-gradient-accumulation-fusion"] = True
     return values
+
+
+def check_resiliency() -> None:
+    """Before Megatron is imported: an old nvidia-resiliency-ext keeps it from it.
+
+    Raises:
+        UserError: it is older than ``RESILIENCY``.
+    """
+    try:
+        found = importlib.metadata.version("nvidia-resiliency-ext")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if tuple(int(part) for part in found.split(".")[:2]) < RESILIENCY:
+        raise UserError(
+            f"nvidia-resiliency-ext {found} is installed, and Megatron cannot be imported beside "
+            "it: it needs 0.6 or newer (0.7.0 wants glibc 2.39), or none (pip uninstall)."
+        )
 
 
 def single_process() -> None:

@@ -33,14 +33,20 @@ if __name__ == "__main__":  # before torch, whose threads inherit what is set he
     faults.die_with_launcher()
     faults.hold_stop_signal()
 
-from launch.environment import fusions, redirect_output, single_process  # noqa: E402
+from launch.environment import (  # noqa: E402
+    check_resiliency,
+    fusions,
+    redirect_output,
+    single_process,
+)
 from launch.settings import Settings, load, parse  # noqa: E402
 from mhc_megatron.errors import UserError  # noqa: E402
+from mhc_megatron.spikes import LossSpike  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    console, run_dir = sys.stdout, ""
+    console, run_dir, settings = sys.stdout, "", None
     try:
         settings = load(options.config, options.set)
         settings.run.dir = options.run_dir or settings.run.dir
@@ -53,7 +59,12 @@ def main(argv: list[str] | None = None) -> int:
         return _ended(run_dir, 2, str(error))
     except SystemExit as error:
         code = int(error.code or 0)
-        return _ended(run_dir, code, _MEGATRON_EXITS.get(code, f"exit code {code}"))
+        reason = _MEGATRON_EXITS.get(code, f"exit code {code}")
+        return _ended(run_dir, code, reason, bad_result=code in _MEGATRON_EXITS)
+    except LossSpike as error:
+        _say(console, f"error: {error}")
+        policy = settings.run.loss_spike  # stop or skip
+        return _ended(run_dir, 1, str(error), bad_result=True, **{policy: True})
     except KeyboardInterrupt:
         _say(console, "interrupted before a checkpoint could be saved")
         return 130
@@ -62,7 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         said = f"{type(error).__name__}: {error}"
         _say(console, f"error: {said.splitlines()[0]} (see {_log_path(run_dir)})")
         full = faults.is_full_disk(error) or faults.cannot_write(_checkpoints())
-        return _ended(run_dir, 1, said, full_disk=full)
+        bad = "Unexpected result" in said
+        skip = bad and settings.run.bad_loss == "skip"
+        return _ended(run_dir, 1, said, bad_result=bad, skip=skip, full_disk=full)
 
 
 _MEGATRON_EXITS = {
@@ -71,11 +84,10 @@ _MEGATRON_EXITS = {
 }
 
 
-def _ended(run_dir: str, code: int, reason: str, full_disk: bool = False) -> int:
+def _ended(run_dir: str, code: int, reason: str, **more: Any) -> int:
     """Note why this rank ends with ``code`` where it was not asked to; returns ``code``."""
     if code and os.path.isdir(run_dir):
-        bad = code in _MEGATRON_EXITS or "Unexpected result" in reason
-        faults.note(run_dir, code, reason, _iteration(), bad_result=bad, full_disk=full_disk)
+        faults.note(run_dir, code, reason, _iteration(), **more)
     return code
 
 
@@ -122,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(settings: Settings, console: TextIO | None) -> None:
     """Parse as Megatron does, then train."""
+    check_resiliency()
     import torch
 
     from mhc_megatron import cpu
@@ -135,6 +148,7 @@ def _run(settings: Settings, console: TextIO | None) -> None:
         values |= cpu.ARGUMENTS
     args = parse(values)
     args.mhc = settings.mhc.to_mapping()  # travels in the checkpoint, to be compared on loading
+    args.spiky_loss_ends_run = settings.run.loss_spike == "stop"
 
     from mhc_megatron.observer import Observer
     from mhc_megatron.schedule import decay_in_steps
@@ -147,7 +161,7 @@ def _run(settings: Settings, console: TextIO | None) -> None:
 
         dali.install()
     faults.stop_when_asked()
-    faults.guard_checkpoint_writer()
+    faults.guard_checkpoint_writers()
     seen = console if args.rank == args.world_size - 1 else None
     observer = Observer(settings.run, settings.mhc, seen)
     observer.attach()
@@ -180,6 +194,9 @@ def _defaults(settings: Settings) -> dict[str, Any]:
         "exit-signal-handler": True,
         "no-one-logger": True,
     }
+    if settings.megatron.get("async-save"):
+        # Megatron switches the key off without the first; the second needs no further package.
+        values |= {"use-persistent-ckpt-worker": True, "async-strategy": "mcore"}
     if settings.megatron.get("bf16") or settings.megatron.get("fp16"):
         # Shards its state over the data-parallel ranks. The other one works too.
         values["use-distributed-optimizer"] = True

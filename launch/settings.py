@@ -39,6 +39,13 @@ class RunSettings:
             rerun machine tries the step again, in place and then elsewhere, and ends the run.
             ``skip``: the run ends at once; when the same iteration was bad twice,
             launch/supervise.py leaves it out.
+        loss_spike: what to do about a step whose loss is a spike (``mhc_megatron.spikes``).
+            ``log``: say so and go on. ``stop``: end the run. ``skip``: go back to the last
+            checkpoint; when the same iteration was a spike twice, leave it out. Megatron's own
+            ``check-for-spiky-loss`` tries the step again and logs; with ``stop`` it ends the run as
+            a NaN does.
+        spike_factor: a loss above so many times the median of the last 20 records is a spike; 0 for
+            never.
         data_loader: ``megatron``, or ``dali`` for the same batches through an NVIDIA DALI pipeline.
         hang_minutes: without a step, an evaluation or a save after which a rank prints its stacks
             and ends; 0 for never.
@@ -54,6 +61,8 @@ class RunSettings:
     stability_interval: int = 100
     gpus: int = 0
     bad_loss: str = "stop"
+    loss_spike: str = "log"
+    spike_factor: float = 2.0
     data_loader: str = "megatron"
     hang_minutes: float = 30.0
     prometheus: str = ""
@@ -146,6 +155,13 @@ def _apply(values: dict[str, Any], change: str) -> None:
         values[key.replace("_", "-")] = value
 
 
+_CHOICES = {
+    "bad_loss": ("stop", "skip"),
+    "loss_spike": ("log", "stop", "skip"),
+    "data_loader": ("megatron", "dali"),
+}
+
+
 def _run_settings(values: Mapping[str, Any]) -> RunSettings:
     known = {name: type(value) for name, value in vars(RunSettings()).items()}
     given = {str(key).replace("-", "_"): value for key, value in values.items()}
@@ -157,13 +173,15 @@ def _run_settings(values: Mapping[str, Any]) -> RunSettings:
         elif type(value) is not known[key]:
             raise UserError(f"run: {key} must be of type {known[key].__name__}, not {value!r}.")
     settings = RunSettings(**given)
-    for key, choices in (("bad_loss", ("stop", "skip")), ("data_loader", ("megatron", "dali"))):
+    for key, choices in _CHOICES.items():
         if getattr(settings, key) not in choices:
             said = " or ".join(choices)
             raise UserError(f"run: {key} must be {said}, not {getattr(settings, key)!r}.")
     for key in ("stability_interval", "gpus", "hang_minutes", "alarm_gain"):
         if getattr(settings, key) < 0:
             raise UserError(f"run: {key} must not be negative.")
+    if settings.spike_factor and not settings.spike_factor > 1:
+        raise UserError("run: spike_factor must be larger than 1, or 0 for no watch.")
     check_steps(settings.lr_steps)
     return settings
 

@@ -16,8 +16,9 @@ that takes over knows what was tried.
 - a fault of the machine (a rank killed, a hang, a lost peer): started again;
 - bad input, a full disk: exit code 2 or 3 with the reason, because another attempt ends the same;
 - ``--attempts`` attempts in a row without a newer checkpoint: exit code 3 with the last reason;
-- a bad loss: ``run.bad_loss: skip`` and twice at one iteration: that iteration is left out. Else as
-  any other fault.
+- a bad loss, twice at one iteration, where ``run.bad_loss`` (``run.loss_spike``) is ``skip``: that
+  iteration is left out. A spike where ``run.loss_spike`` is ``stop``: exit code 3. Else as any
+  other fault.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Attempt:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    supervisor = Supervisor(options.run_dir, options.command, options.attempts, options.skip)
+    supervisor = Supervisor(options.run_dir, options.command, options.attempts)
     return supervisor.run(requeue if options.requeue else None)
 
 
@@ -99,9 +100,6 @@ def _parser() -> argparse.ArgumentParser:
         help="give up after N attempts without a newer checkpoint (default 3)",
     )
     parser.add_argument(
-        "--skip", action="store_true", help="leave out an iteration that was bad twice"
-    )
-    parser.add_argument(
         "--requeue", action="store_true", help="put the Slurm job back after a stop signal"
     )
     parser.add_argument("command", nargs="+", help="after --: what starts the run")
@@ -111,11 +109,8 @@ def _parser() -> argparse.ArgumentParser:
 class Supervisor:
     """Starts ``command`` until the run in ``run_dir`` is complete or cannot go on."""
 
-    def __init__(
-        self, run_dir: Path, command: Sequence[str], attempts: int = 3, skip: bool = False
-    ) -> None:
-        self.run_dir, self.command = Path(run_dir), list(command)
-        self.attempts, self.skip = attempts, skip
+    def __init__(self, run_dir: Path, command: Sequence[str], attempts: int = 3) -> None:
+        self.run_dir, self.command, self.attempts = Path(run_dir), list(command), attempts
         self.process: subprocess.Popen | None = None
         self.asked_to_stop: str | None = None
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -146,9 +141,7 @@ class Supervisor:
         ended = time.time()
         if code:
             time.sleep(_LATE)
-        return judge(
-            began, ended, code, self.run_dir, self.attempts, self.skip, self.asked_to_stop
-        )
+        return judge(began, ended, code, self.run_dir, self.attempts, self.asked_to_stop)
 
     def _start(self) -> None:
         """The command, in a session of its own: a terminal's Ctrl-C comes from here alone."""
@@ -231,7 +224,6 @@ def judge(
     code: int,
     run_dir: Path,
     attempts: int,
-    skip: bool,
     asked_to_stop: str | None,
 ) -> Attempt:
     """What the end of an attempt means, from its exit code, the ranks' notes and the history."""
@@ -244,6 +236,7 @@ def judge(
     before = history(run_dir)
     fruitless = len(_without_progress([*before, result]))
     same = [a for a in before if bad is not None and a.bad_iteration == bad]
+    skip = any(record.get("skip") for record in noted)
     if skip and same and bad not in faults.skipped_iterations(str(run_dir)):
         faults.skip_iterations(str(run_dir), [*faults.skipped_iterations(str(run_dir)), bad])
         return _with(result, AGAIN, f"iteration {bad} was bad twice: it is left out ({reason})")
@@ -273,7 +266,7 @@ def _verdict(
     bad = next((record for record in noted if record.get("bad_result")), None)
     if bad is not None:
         said = f"rank {bad['rank']} on {bad['node']}, iteration {bad['iteration']}: {bad['reason']}"
-        return AGAIN, said, bad["iteration"]
+        return GIVE_UP if bad.get("stop") else AGAIN, said, bad["iteration"]
     if code == 0:
         last = _last_exit(run_dir, began)
         if last is None and asked_to_stop is None:

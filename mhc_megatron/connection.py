@@ -98,7 +98,6 @@ class HyperConnection(nn.Module):
         self._read_ahead: Read | None = None
         self._following: tuple[HyperConnection, ...] = ()
         self._norm: tuple[nn.Module, ...] = ()
-        self._reading: Callable | None = None
         self._deferred: list[Tensor | None] | None = None
         #: The blocks of its chunk and its place among their sublayers; recompute.py sets it.
         self.recompute: tuple[Recompute, int] | None = None
@@ -132,17 +131,17 @@ class HyperConnection(nn.Module):
         """Read where ``norm``, the sublayer's own, is called: it gets u [s, b, C] instead of x.
 
         ``fuse``: norm(u) comes from the read itself, and the norm hands it on. It keeps its place,
-        its class and its parameter. (Tuples, so that nothing is registered as a submodule.)
+        its class and its parameter. (A tuple, so that nothing is registered as a submodule.)
+
+        Not a hook: layers with hooks that are not Megatron's own get no CUDA graph
+        (core/transformer/cuda_graphs.py:1855), and those that gather parameters must run first.
         """
-
-        def reading(norm: nn.Module, inputs: tuple) -> tuple:
-            return (self(inputs[0]), *inputs[1:])
-
-        self._reading = reading
-        norm.register_forward_pre_hook(reading)
+        own = norm.forward
         if fuse:
             self._norm = (norm,)
-            norm.forward = lambda u: u
+            norm.forward = lambda x: self(x)  # the module itself would become a part of the norm
+        else:
+            norm.forward = lambda x, *args, **kwargs: own(self(x), *args, **kwargs)
 
     def forward(self, x: Tensor, before: Write | None = None, head: bool = False) -> Tensor:
         """The read: x [s, b, n*C] -> u [s, b, C]; keeps H_post, H_res for the write.
@@ -306,8 +305,7 @@ class HyperConnection(nn.Module):
         """
         for norm in self._norm:
             for hook in tuple(norm._forward_pre_hooks.values()):
-                if hook is not self._reading:
-                    hook(norm, ())
+                hook(norm, ())
         return self.phi, self.alpha, self.bias
 
     def _norm_weight(self) -> tuple[Tensor, ...]:

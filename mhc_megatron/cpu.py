@@ -15,8 +15,10 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 import os
 import time
+import types
 from typing import Any
 
 import torch
@@ -52,7 +54,7 @@ def enable() -> None:
     # compiler run for each, for no gain at these sizes.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _replace(torch._dynamo.config, "disable", True)  # the variable is read once, maybe before now
-    _stand_in_for_cuda()
+    stand_in_for_cuda()
     group = torch.distributed.ProcessGroup
     gather = group.allgather_into_tensor_coalesced
     _replace(group, "allgather_into_tensor_coalesced", _by_dtype(gather))
@@ -80,7 +82,10 @@ def enabled() -> bool:
 
 
 def _replace(target: Any, name: str, value: Any) -> None:
-    _replaced.append((target, name, getattr(target, name, None)))
+    own = inspect.getattr_static(target, name, None)
+    if not isinstance(own, staticmethod):  # what getattr gives would come back as a method
+        own = getattr(target, name, None)
+    _replaced.append((target, name, own))
     setattr(target, name, value)
 
 
@@ -103,6 +108,8 @@ ARGUMENTS: dict[str, Any] = {
     "use-precision-aware-optimizer": False,
     "exp-avg-dtype": "fp32",
     "exp-avg-sq-dtype": "fp32",
+    # The writer of nvidia-resiliency-ext asks for a GPU and dies, and the rank waits for it.
+    "async-strategy": "mcore",
 }
 
 
@@ -230,7 +237,7 @@ def _device_context(device: Any = None):
     yield
 
 
-def _stand_in_for_cuda() -> None:
+def stand_in_for_cuda() -> None:
     """The functions of ``torch.cuda`` that Megatron calls, answered for one CPU 'device'."""
 
     class Properties:
@@ -334,8 +341,11 @@ class _NoMemory(dict):
 
 def _patch_megatron() -> None:
     """The few places in Megatron that no stand-in of ``torch.cuda`` reaches."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.extensions import transformer_engine
     from megatron.core.models.hybrid import hybrid_block
     from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.pipeline_parallel.fine_grained_activation_offload import ChunkOffloadHandler
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer import dot_product_attention, mla_qk_norm_config, torch_norm
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -343,6 +353,9 @@ def _patch_megatron() -> None:
     # tensor_parallel/random.py:104,135 reach for torch.cuda's generators through private calls.
     _replace(megatron_random, "_get_cuda_rng_state", _get_rng_state)
     _replace(megatron_random, "_set_cuda_rng_state", _set_rng_state)
+    # dist_checkpointing/strategies/filesystem_async.py:227 copies what lies on a GPU.
+    writer = filesystem_async.FileSystemWriterAsync
+    _replace(writer, "preload_tensors", staticmethod(preload_copies))
     # transformer/moe/moe_utils.py:1169 moves (and turns to numpy) only what lies on a GPU.
     _replace(moe_utils, "maybe_move_tensor_to_cpu", _move_to_cpu)
     _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _move_to_cpu)
@@ -357,6 +370,15 @@ def _patch_megatron() -> None:
     _replace(megatron_random, "FP8GlobalStateManager", _NoFP8)
     for name in ("fp8_autocast", "activation_recompute_forward"):
         _replace(megatron_random, name, lambda **kwargs: contextlib.nullcontext())
+    # pipeline_parallel/fine_grained_activation_offload.py:794 tells Transformer Engine when it
+    # offloads, and :965 takes what lies on a GPU; here memory is moved to other memory, and what
+    # is moved is given back as there.
+    _replace(transformer_engine, "cpu_offload", types.SimpleNamespace(CPUOffloadEnabled=False))
+    _replace(
+        ChunkOffloadHandler,
+        "_can_manage_tensor_for_offload",
+        staticmethod(lambda tensor: not isinstance(tensor, torch.nn.Parameter)),
+    )
     # transformer/multi_latent_attention.py names the channels of keys and values, which only
     # Transformer Engine's attention takes (dot_product_attention.py:46).
     attention = dot_product_attention.DotProductAttention
@@ -373,6 +395,17 @@ def _patch_megatron() -> None:
         ("_set_main_param_and_optimizer_states", _keeping_the_step),
     ):
         _replace(optimizer, name, wrap(getattr(optimizer, name)))
+
+
+def preload_copies(write_buckets: list, non_blocking: bool = True) -> list:
+    """``FileSystemWriterAsync.preload_tensors`` that copies: the rank trains on during the save.
+
+    The writer's process has CPU tensors in memory that it shares with the rank.
+    """
+    return [
+        (file, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+        for file, key, (data, tensors) in write_buckets
+    ]
 
 
 def _with_normed_queries(resolve):
@@ -429,7 +462,6 @@ def _keeping_the_step(set_states):
     """
 
     @functools.wraps(set_states)
-    @torch.no_grad()
     def set_others(self, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]

@@ -25,6 +25,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "mhc_composite_gain": ("gauge", "Amax gain of the product of all mixing matrices."),
     "mhc_sinkhorn_error": ("gauge", "Largest distance of a row or column sum from 1."),
     "mhc_checkpoint_iteration": ("gauge", "Iteration of the last complete checkpoint."),
+    "mhc_loss_spikes_total": ("counter", "Steps whose loss was a spike, in this process."),
     "mhc_gain_alarm": ("gauge", "1 while the composite gain is above run.alarm_gain."),
 }
 

@@ -4,7 +4,8 @@
   a whole job step: processes that a rank starts (writers of checkpoints, loaders) do not die of it.
 - ``die_with_launcher``: a rank whose launcher was killed ends at once; otherwise it would train on,
   and write into the same folder as the run that replaces it.
-- ``guard_checkpoint_writer``: the process that Megatron starts for its saves ends with its rank.
+- ``guard_checkpoint_writers``: the processes that Megatron starts for its saves end with their
+  rank, and a rank whose writer has died ends too, where it would wait for it for ever.
 - ``Watchdog``: a rank that makes no progress prints the stacks of all its threads and ends.
 - ``note``: one line in the run's ``faults.jsonl`` on why a rank ends; ``launch/supervise.py`` reads
   it and decides how to go on.
@@ -15,16 +16,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import faulthandler
+import functools
 import json
 import multiprocessing
 import multiprocessing.managers
+import multiprocessing.util
 import os
 import signal
 import socket
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 #: In the run's folder: one JSON object a line, appended by any rank.
@@ -84,12 +87,12 @@ def die_with_launcher() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def guard_checkpoint_writer() -> None:
-    """Make the manager process of Megatron's checkpoint writer end when its rank is killed.
+def guard_checkpoint_writers() -> None:
+    """Tie the processes that Megatron starts for its saves to their rank.
 
-    core/dist_checkpointing/strategies/filesystem_async.py:53 starts it with
-    ``ctx.Manager()``, which serves for ever and takes 300 MB. Here it is started with an
-    initializer that waits for the parent's end; it also leaves stop signals to the rank.
+    Under core/dist_checkpointing/strategies: a manager (filesystem_async.py:53, ``ctx.Manager()``)
+    and, with ``async-save``, a writer (async_utils.py:380). Either serves for ever and takes
+    300 MB. Here they begin with ``_end_with_parent``.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async as module
 
@@ -103,9 +106,80 @@ def guard_checkpoint_writer() -> None:
         return module._results_queue
 
     module.get_write_results_queue = get_write_results_queue
+    _guard_asynchronous_writer()
+
+
+def _guard_asynchronous_writer() -> None:
+    """A rank notices that its writer has died; the writer goes when the rank ends without a close.
+
+    ``PersistentAsyncCaller`` asks a queue whether a save is done, never whether anybody is left to
+    do it: that save would stay unfinished, and the next one would wait for ever.
+    """
+    import torch
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    schedule = PersistentAsyncCaller.schedule_async_call
+    done = PersistentAsyncCaller.is_current_async_call_done
+
+    def schedule_async_call(self, async_req):
+        if async_req.async_fn is not None:
+            process = self._get_process(torch.distributed.get_rank())
+            _need_alive(process)
+            staged = self._persistent_preload_q
+            if "join" not in vars(staged):
+                staged.join = functools.partial(_join_while_alive, process, staged.join)
+        return schedule(self, async_req)
+
+    def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
+        while self.process and self.cur_item is None and self._persistent_comp_q.empty():
+            _need_alive(self.process)
+            if not blocking:
+                break
+            time.sleep(0.1)
+        return done(self, blocking, no_dist)
+
+    def kill() -> None:
+        if PersistentAsyncCaller._persistent_process is not None:
+            PersistentAsyncCaller._persistent_process.kill()
+
+    PersistentAsyncCaller.schedule_async_call = schedule_async_call
+    PersistentAsyncCaller.is_current_async_call_done = is_current_async_call_done
+    PersistentAsyncCaller.async_loop = staticmethod(_write_checkpoints)
+    # multiprocessing's own end of its children, SIGTERM and a wait, comes after its finalizers.
+    multiprocessing.util.Finalize(None, kill, exitpriority=10)
+
+
+def _need_alive(process: multiprocessing.Process) -> None:
+    if not process.is_alive():
+        raise RuntimeError(f"the writer of checkpoints has died (exit code {process.exitcode})")
+
+
+def _join_while_alive(process: multiprocessing.Process, join: Callable[[], None]) -> None:
+    """Wait for the writer to have taken what it is to save, as long as there is a writer."""
+    waiting = threading.Thread(target=join, daemon=True)
+    waiting.start()
+    while waiting.is_alive():
+        waiting.join(0.2)
+        if waiting.is_alive():
+            _need_alive(process)
+
+
+def _write_checkpoints(*args: Any) -> None:
+    """``PersistentAsyncCaller.async_loop`` in the writer's process, where nothing is replaced."""
+    _end_with_parent()
+    import torch
+
+    if not torch.cuda.is_available():
+        from mhc_megatron import cpu
+
+        cpu.stand_in_for_cuda()
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    PersistentAsyncCaller.async_loop(*args)
 
 
 def _end_with_parent() -> None:
+    """Leave stop signals to the rank; end when it has ended."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 

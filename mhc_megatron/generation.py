@@ -30,7 +30,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from mhc_megatron import cpu
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
-from mhc_megatron.training import MHCModelBuilder, MHCModelConfig
+from mhc_megatron.training import MHCModelBuilder, MHCModelConfig, carry_yarn
 
 # ------------------------------------------------------------------------------------ checkpoints
 
@@ -209,6 +209,7 @@ def load_model(checkpoint: str, args: Namespace, mhc: MHCConfig) -> GPTModel:
     _one_process(args.seed)
     config = gpt_config_from_args(args, model_config_cls=MHCModelConfig)
     config.mhc = mhc
+    carry_yarn(config.transformer, args)
     model = MHCModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     model = model.to(dtype=args.params_dtype, device="cuda").eval().requires_grad_(False)
     with _explained(checkpoint):

@@ -480,12 +480,13 @@ def recompute_norm(
     """
     if connection.mhc.recompute or fuses_norm(norm, connection.mhc, config):
         return
-    forward = norm.forward
+    own = functools.partial(type(norm).forward, norm)
 
-    def checkpointed(u: Tensor) -> Tensor:
+    def checkpointed(x: Tensor) -> Tensor:
+        u = connection(x)
         # Without fp8 the argument must be None (tensor_parallel/random.py:740: "is not None").
         connection.norm_checkpoint = CheckpointWithoutOutput(fp8=config.fp8)
-        return connection.norm_checkpoint.checkpoint(forward, u)
+        return connection.norm_checkpoint.checkpoint(own, u)
 
     norm.forward = checkpointed
 

@@ -191,6 +191,12 @@ class MetricsWriter:
         """The composite gain of the mixing matrices has passed the run's threshold."""
         self._append("alarm", sync=True, iteration=iteration, gain=gain, threshold=threshold)
 
+    def spike(self, *, iteration: int, loss: float, usual: float, policy: str) -> None:
+        """The loss of this step stands out from ``usual``; ``policy`` is log, stop or skip."""
+        self._append(
+            "spike", sync=True, iteration=iteration, loss=loss, usual=usual, policy=policy
+        )
+
     def exit(self, *, iteration: int, reason: str) -> None:
         """The run ends at this iteration, in an orderly way, for the reason given."""
         self._append("exit", sync=True, iteration=iteration, time=time.time(), reason=reason)

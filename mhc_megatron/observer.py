@@ -3,8 +3,9 @@
 Megatron's loop has no callbacks, so ``Observer.attach`` wraps six functions of
 ``megatron.training.training`` (0.19.2) by name: ``train_step`` (line 2336), ``training_log``
 (2568), ``save_checkpoint_and_time`` (3030), ``train`` (3342), ``evaluate`` (4160) and
-``evaluate_and_print_results`` (4342). Each wrapper calls the original and only looks at what goes
-in and comes out.
+``evaluate_and_print_results`` (4342), and ``schedule_async_save`` of its ``checkpointing``. Each
+wrapper calls the original and only looks at what goes in and comes out; a spike in the loss ends
+the process where the run's policy says so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.training import get_args, get_timers
+from megatron.training import checkpointing, get_args, get_timers
 from megatron.training import training as megatron_training
 from megatron.training.global_vars import get_signal_handler, get_tensorboard_writer
 from megatron.training.utils import is_last_rank
@@ -32,6 +33,7 @@ from mhc_megatron.exporter import Exporter
 from mhc_megatron.faults import Watchdog
 from mhc_megatron.hardware import peak_tflops
 from mhc_megatron.metrics import MetricsWriter
+from mhc_megatron.spikes import LossSpike, SpikeWatch
 from mhc_megatron.stability import Monitor
 
 #: A field of a training record -> its metric.
@@ -65,6 +67,9 @@ class Observer:
         self.prometheus, self.alarm_gain = run.prometheus, run.alarm_gain
         self.exporter: Exporter | None = None
         self._alarmed = False
+        self.spike_policy, self.spikes = run.loss_spike, SpikeWatch(run.spike_factor)
+        self._spikes = 0
+        self._saving: int | None = None
         self.metrics: MetricsWriter | None = None
         self.monitor: Monitor | None = None
         self.iteration = 0
@@ -85,8 +90,12 @@ class Observer:
             "evaluate_and_print_results",
             "save_checkpoint_and_time",
         ):
-            original = getattr(megatron_training, name)
-            setattr(megatron_training, name, functools.partial(getattr(self, f"_{name}"), original))
+            self._wrap(megatron_training, name)
+        self._wrap(checkpointing, "schedule_async_save")
+
+    def _wrap(self, module: Any, name: str) -> None:
+        original = getattr(module, name)
+        setattr(module, name, functools.partial(getattr(self, f"_{name}"), original))
 
     # ------------------------------------------------------------------- the wrapped functions
 
@@ -142,6 +151,8 @@ class Observer:
         self.iteration = iteration
         if "lm loss" in loss_dict:
             self._losses.append(loss_dict["lm loss"].detach().float().reshape(-1)[:1])
+            if self.metrics is not None and self.spikes.factor:
+                self._watch_loss(iteration, self._losses[-1].item())
         if self.metrics is not None and self._losses and iteration % args.log_interval == 0:
             # ``rest`` goes on as loss_scale, report_memory_flag, skipped_iter, grad_norm, ...
             self._log_step(args, iteration, learning_rate, grad_norm=rest[3])
@@ -164,13 +175,25 @@ class Observer:
         return original(prefix, *rest, **kwargs)
 
     def _save_checkpoint_and_time(self, original: Callable, iteration: int, *rest, **kwargs):
+        self._saving = iteration
         result = original(iteration, *rest, **kwargs)
+        self._saving = None
         self.watchdog.progress()
+        if not get_args().async_save:
+            self._saved(iteration)
+        return result
+
+    def _schedule_async_save(self, original: Callable, request):
+        """Called inside the former: this save is complete when it is finalized, steps later."""
+        if self._saving is not None:
+            request.add_finalize_fn(functools.partial(self._saved, self._saving))
+        return original(request)
+
+    def _saved(self, iteration: int) -> None:
         if self.metrics is not None:
             self.metrics.save(iteration=iteration, path=get_args().save)
         if self.exporter is not None:
             self.exporter.write({"mhc_checkpoint_iteration": iteration})
-        return result
 
     # ------------------------------------------------------------------------------ what is written
 
@@ -192,7 +215,9 @@ class Observer:
         )
         if self.prometheus:
             self.exporter = Exporter(self.prometheus, self.name)
+            self.exporter.set("mhc_loss_spikes_total", 0)
         if args.iteration:
+            self.spikes.resume(self.metrics.path, args.iteration)
             self.metrics.resume(iteration=args.iteration, path=args.load)
             self._print(f"resumed at iteration {args.iteration:,}")
         extra = f", {hc_parameters:,} of them in hyper-connections" if hc_parameters else ""
@@ -220,6 +245,7 @@ class Observer:
             "memory_gib": torch.cuda.max_memory_allocated() / 2**30 or None,
         }
         self.metrics.train(lr=lr, **record)
+        self.spikes.record(loss)
         if self.exporter is not None:
             self.exporter.write({_PROMETHEUS[key]: value for key, value in record.items()})
         left = self._remaining(seconds, args.train_iters - iteration)
@@ -229,6 +255,23 @@ class Observer:
             + (f"   MFU {tflops / self.peak:5.1%}" if known else "")
             + f"   {left} left"
         )
+
+    def _watch_loss(self, iteration: int, loss: float) -> None:
+        """What the run's policy says about a step's loss that stands out.
+
+        Raises:
+            LossSpike: it does, and the policy is not to go on.
+        """
+        if self.spikes.is_spike(loss):
+            usual, policy = self.spikes.usual, self.spike_policy
+            self._spikes += 1
+            self.metrics.spike(iteration=iteration, loss=loss, usual=usual, policy=policy)
+            if self.exporter is not None:
+                self.exporter.write({"mhc_loss_spikes_total": self._spikes})
+            said = f"the loss of iteration {iteration:,} is {loss:.4g}, usual is {usual:.4g}"
+            if policy != "log":
+                raise LossSpike(f"{said} (run.loss_spike: {policy})")
+            self.say(f"ALARM: {said}")
 
     def _watch_gains(self, step: int, gains) -> None:
         """Prometheus, and an alarm when the composite gain passes ``run.alarm_gain``."""

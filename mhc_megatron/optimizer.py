@@ -138,6 +138,7 @@ def load_across_expert_layouts() -> None:
 
     @functools.wraps(own)
     def arranged(self, state_dict):
+        _agree_on_step(state_dict)
         return own(self, _arrange(state_dict, self.chained_optimizers))
 
     arranged.across_layouts = True
@@ -172,6 +173,65 @@ def _groups_for(optimizer: DistributedOptimizer, groups: list[dict]) -> dict[str
     # Of two with the same settings it takes the later one: its own kind last.
     ordered = sorted(groups, key=lambda group: bool(group.get("is_expert_parallel")) == expert)
     return {"param_groups": [{**group, "is_expert_parallel": expert} for group in ordered]}
+
+
+def save_without_parameters() -> None:
+    """Save and load an optimizer that holds no parameter on this rank.
+
+    Under expert parallelism the experts' optimizer of a pipeline stage without experts is one.
+    Without a parameter it has made no step: with torch's Adam Megatron 0.19.2 cannot save it
+    (core/optimizer/distrib_optimizer.py:839), and with any it saves no step. Where the first stage
+    is such a one, its answer is what the whole checkpoint has: torch's Adam then cannot be loaded
+    by the stages with experts, Transformer Engine's begins to count at one again. Here it takes the
+    step of the optimizer it is chained to, also from a checkpoint without (``_agree_on_step``).
+    Once a process.
+    """
+    state_of, collect = DistributedOptimizer.state_dict, ChainedOptimizer.sharded_state_dict
+    if getattr(state_of, "without_parameters", False):
+        return
+
+    @functools.wraps(state_of)
+    def state_dict(self):
+        groups = self.optimizer.param_groups
+        if self.ddp_config.use_megatron_fsdp or any(group["params"] for group in groups):
+            return state_of(self)
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        state = {"optimizer": {"param_groups": [{"step": 0, **group} for group in settings]}}
+        if self.grad_scaler:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    @functools.wraps(collect)
+    def sharded_state_dict(self, *args, **kwargs):
+        state = collect(self, *args, **kwargs)
+        _agree_on_step(state)
+        return state
+
+    state_dict.without_parameters = True
+    DistributedOptimizer.state_dict = state_dict
+    ChainedOptimizer.sharded_state_dict = sharded_state_dict
+
+
+def _agree_on_step(state: Any) -> None:
+    """Give the optimizers of a chain's ``state`` that have made no step the step of the others.
+
+    A distributed optimizer's step is among the settings of its groups, Transformer Engine's always;
+    another one's with torch's Adam beside the state of its parameters. Both are the same number in
+    all of a chain (core/optimizer/optimizer.py:1992).
+    """
+    if not isinstance(state, dict):
+        return
+    parts = [state, *(state[key] for key in state if isinstance(key, int))]
+    parts = [part.get("optimizer", part) for part in parts]  # not FP32Optimizer's: it is its own
+    parts = [getattr(part, "data", part) for part in parts]  # of a ShardedObject
+    parts = [part for part in parts if "param_groups" in part]
+    groups = [group for part in parts for group in part["param_groups"]]
+    states = [part["state"] for part in parts if "state" in part]
+    for holders, name in ((groups, "step"), (states, "common_step")):
+        step = next((holder[name] for holder in holders if holder.get(name)), None)
+        for holder in holders:
+            if step is not None and not holder.get(name):
+                holder[name] = step
 
 
 def number_float32_parameters() -> None:
@@ -216,10 +276,33 @@ def number_float32_parameters() -> None:
     optimizer.sharded_state_dict, optimizer.load_state_dict = collect_all, load_all
 
 
+def load_float32_parameters() -> None:
+    """Let the distributed optimizer load the state of float32 parameters.
+
+    Its shard of one is a view of the parameter itself, which requires a gradient
+    (core/optimizer/distrib_optimizer.py:467 of Megatron 0.19.2), and torch refuses the copy into it
+    (:1225) unless gradients are off: they are for the other formats (:2095), not for the default
+    one, ``dp_reshardable`` (:2061). Once a process.
+    """
+    own = DistributedOptimizer._set_main_param_and_optimizer_states
+    if getattr(own, "without_gradients", False):
+        return
+
+    @functools.wraps(own)
+    def set_states(self, *args, **kwargs):
+        with torch.no_grad():
+            return own(self, *args, **kwargs)
+
+    set_states.without_gradients = True
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
 def mend_checkpoints() -> None:
     """What Megatron's optimizers need to save and load the connections' state in every layout."""
+    load_float32_parameters()
     close_bucket_gaps()
     load_across_expert_layouts()
+    save_without_parameters()
     number_float32_parameters()
 
 

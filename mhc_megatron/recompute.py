@@ -321,9 +321,9 @@ class Block:
         for sublayer, of, u in zip(self.sublayers, filled, reads, strict=True):
             if of.normed is not None:
                 # With gradients on, as in the forward: the same kernels, whatever the norm is.
-                # Not through __call__: its hooks would read the streams again.
+                # Its class's own forward: the instance's would read the streams again.
                 with torch.enable_grad():
-                    made = sublayer.norm.forward(u.requires_grad_())
+                    made = type(sublayer.norm).forward(sublayer.norm, u.requires_grad_())
                 of.normed.copy_(made.detach())
 
     def _filled_tensors(self) -> list[Tensor]:

@@ -22,7 +22,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
@@ -192,9 +194,25 @@ def model_config_from_args(
     else:
         model_config = hybrid_config_from_args(args, model_config_cls=MHCHybridModelConfig)
     model_config.mhc = mhc
+    carry_yarn(model_config.transformer, args)
     if args.gradient_accumulation_fusion:
         supply_weight_gradient()
     return model_config
+
+
+def carry_yarn(config: TransformerConfig, args: Namespace) -> None:
+    """Give latent attention the yarn parameters that its arguments name.
+
+    Megatron 0.19.2 takes ``--yarn-original-max-position-embeddings``, ``--yarn-beta-fast`` and
+    ``--yarn-beta-slow`` for its other attention only (training/argument_utils.py:384); latent
+    attention has fields of other names (``MLATransformerConfig``), which stay at their defaults.
+    """
+    if not args.multi_latent_attention:
+        return
+    for name in ("original_max_position_embeddings", "beta_fast", "beta_slow"):
+        value = getattr(args, f"yarn_{name}", None)
+        if value is not None:
+            setattr(config, name, value)
 
 
 def skip_dataset_compilation() -> None:
@@ -356,7 +374,7 @@ def _validate(loss: Tensor) -> None:
         spike = functools.partial(
             machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
         )
-        checks += [("spiky loss", spike, False)]
+        checks += [("spiky loss", spike, getattr(args, "spiky_loss_ends_run", False))]
     for message, rejects, fatal in checks:
         machine.validate_result(
             result=loss, rejection_func=rejects, message=message, tolerance=0.0, fatal=fatal
@@ -374,6 +392,12 @@ def check_arguments(args: Namespace) -> None:
     """
     if args.train_iters is not None and args.train_iters < 1:
         raise UserError(f"train-iters must be at least 1, not {args.train_iters}.")
+    for key in ("enable_ft_package", "inprocess_restart"):
+        if getattr(args, key):  # nvidia-resiliency-ext's; Megatron reads them from sys.argv alone
+            raise UserError(
+                f"{key.replace('_', '-')} is not supported: launch/supervise.py starts a run "
+                "again, and run.hang_minutes ends one that hangs."
+            )
     decay = args.lr_decay_iters or args.train_iters
     if args.train_iters is not None and args.lr_warmup_iters >= decay:
         raise UserError(
@@ -384,6 +408,8 @@ def check_arguments(args: Namespace) -> None:
         raise UserError("no data: set data-path, or mock-data: true.")
     mhc, half = MHCConfig(**args.mhc), args.bf16 or args.fp16
     check_recompute(args, mhc)
+    _check_dispatcher(args)
+    _check_optimizer(args)
     if half and mhc.enabled:
         _check_reduction(args)
     tied = not args.untie_embeddings_and_output_weights
@@ -397,6 +423,41 @@ def check_arguments(args: Namespace) -> None:
         raise UserError(
             "hybrid-layer-pattern: Megatron's own hybrid layers need Transformer Engine; give spec "
             "a stack of others."
+        )
+
+
+def _check_dispatcher(args: Namespace) -> None:
+    """A flex dispatcher without the library behind it; Megatron says so when it builds a layer."""
+    if args.moe_token_dispatcher_type != "flex":
+        return
+    backend = args.moe_flex_dispatcher_backend
+    name, there = {
+        "deepep": ("DeepEP", fused_a2a.HAVE_DEEP_EP),
+        "hybridep": ("DeepEP's branch hybrid-ep", fused_a2a.HAVE_HYBRIDEP),
+        "ncclep": ("Transformer Engine built with NCCL EP", fused_a2a.HAVE_TE_EP),
+    }[backend]
+    if not there:
+        raise UserError(
+            f"moe-token-dispatcher-type flex: moe-flex-dispatcher-backend {backend} needs {name}, "
+            "which is not installed; use alltoall."
+        )
+
+
+def _check_optimizer(args: Namespace) -> None:
+    """Two of Megatron's matrix optimizers that 0.19.2 would stop at, one in the first step.
+
+    optimizer/layer_wise_optimizer.py:513 wraps Muon for bf16 alone, and
+    dist_checkpointing/optimizer.py:100 takes no state of another shape than its parameter's.
+    """
+    if args.use_layer_wise_distributed_optimizer and not args.bf16:
+        raise UserError(
+            f"optimizer {args.optimizer}: with use-distributed-optimizer Megatron 0.19.2 trains in "
+            "bf16 only; set bf16: true, or use-distributed-optimizer: false."
+        )
+    if args.optimizer == "soap" and args.save and not args.no_save_optim:
+        raise UserError(
+            "optimizer soap: Megatron 0.19.2 cannot save its preconditioners; set "
+            "no-save-optim: true, or take muon."
         )
 
 

@@ -64,6 +64,89 @@ def save_hf(model, path: Path, **options) -> Path:
     return path
 
 
+class Prediction(torch.nn.Module):
+    """A layer of multi-token prediction of DeepSeek-V3 (arXiv 2412.19437, Eq. 21-23), made of
+    transformers' own modules, whose class has none; names as in DeepSeek-V3's folders."""
+
+    def __init__(self, config, seed: int = 3) -> None:
+        super().__init__()
+        from transformers.models.deepseek_v3 import modeling_deepseek_v3 as modeling
+
+        C, eps = config.hidden_size, config.rms_norm_eps
+        torch.manual_seed(seed)
+        self.enorm, self.hnorm = (modeling.DeepseekV3RMSNorm(C, eps) for _ in range(2))
+        self.eh_proj = torch.nn.Linear(2 * C, C, bias=False)
+        self.layer = modeling.DeepseekV3DecoderLayer(config, config.num_hidden_layers)
+        self.shared_head = torch.nn.ModuleDict({"norm": modeling.DeepseekV3RMSNorm(C, eps)})
+        self.rotary = modeling.DeepseekV3RotaryEmbedding(config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in [*self.named_parameters(), *self.named_buffers()]:
+                if "norm" in name or name.endswith("correction_bias"):
+                    parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+                elif "inv_freq" not in name:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+    @torch.no_grad()
+    def logits(self, model, ids: torch.Tensor) -> torch.Tensor:
+        """[b, s, vocab] from a model's last states and the next tokens (0 after the last)."""
+        states = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        after = torch.nn.functional.pad(ids[:, 1:], (0, 1))
+        both = [self.enorm(model.model.embed_tokens(after)), self.hnorm(states)]
+        length = ids.shape[1]
+        positions = torch.arange(length).expand_as(ids)
+        mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
+        x = self.layer(
+            self.eh_proj(torch.cat(both, dim=-1)),
+            attention_mask=mask,
+            position_ids=positions,
+            position_embeddings=self.rotary(states, positions),
+        )
+        x = x[0] if isinstance(x, tuple) else x
+        return model.lm_head(self.shared_head["norm"](x)).float()
+
+    def tensors(self, model, layer: int) -> dict[str, torch.Tensor]:
+        """As a folder holds them: experts one by one, the embedding and the head once more."""
+        state = {}
+        for name, value in self.state_dict().items():
+            name = name.removeprefix("layer.")
+            if name.startswith("mlp.experts."):
+                state |= _experts(name.rpartition(".")[2], value)
+            elif "rotary" not in name:
+                state[name] = value
+        state["embed_tokens.weight"] = model.model.embed_tokens.weight
+        state["shared_head.head.weight"] = model.lm_head.weight
+        return {f"model.layers.{layer}.{k}": v.detach().clone() for k, v in state.items()}
+
+
+def _experts(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """transformers' merged experts, gate and up in one, as a checkpoint has them."""
+    state = {}
+    for expert, weight in enumerate(value):
+        parts = {"down": weight}
+        if name == "gate_up_proj":
+            parts = dict(zip(("gate", "up"), weight.chunk(2), strict=True))
+        state |= {f"mlp.experts.{expert}.{k}_proj.weight": v for k, v in parts.items()}
+    return state
+
+
+def save_with_prediction(model, path: Path) -> Prediction:
+    """A DeepSeek-V3 folder with one layer of multi-token prediction."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    save_hf(model, path)
+    config = json.loads((path / "config.json").read_text())
+    config["num_nextn_predict_layers"] = 1
+    (path / "config.json").write_text(json.dumps(config))
+    prediction = Prediction(model.config)
+    state = load_file(path / "model.safetensors")
+    state |= prediction.tensors(model, model.config.num_hidden_layers)
+    save_file(state, path / "model.safetensors")
+    return prediction
+
+
 def tokens(batch: int = 2, length: int = 19, vocab: int = 61) -> torch.Tensor:
     """Random token ids [batch, length]."""
     generator = torch.Generator().manual_seed(5)
@@ -100,7 +183,7 @@ def megatron_args(folder: Path, mhc=None, **changes):
         "save-interval": 1,
         **pretrain._defaults(read),
         **read.megatron,
-        **cpu.ARGUMENTS,
+        **(cpu.ARGUMENTS if cpu.enabled() else {}),
         **changes,
     }
     values["max-position-embeddings"] = max(64, values["max-position-embeddings"])
@@ -120,14 +203,13 @@ def megatron_model(folder: Path, mhc=None, **changes):
     """The model of a converted checkpoint, built by the run's own builder, weights loaded."""
     from megatron.core import dist_checkpointing
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import gpt_config_from_args
 
+    from mhc_megatron import cpu
     from mhc_megatron.checkpoint.torch_dist import resolve
-    from mhc_megatron.training import MHCModelBuilder, MHCModelConfig
+    from mhc_megatron.training import MHCModelBuilder, model_config_from_args
 
     args, mhc = megatron_args(folder, mhc, **changes)
-    config = gpt_config_from_args(args, model_config_cls=MHCModelConfig)
-    config.mhc = mhc
+    config = model_config_from_args(args, mhc)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = MHCModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
     path = str(resolve(folder))
@@ -139,14 +221,27 @@ def megatron_model(folder: Path, mhc=None, **changes):
         validate_access_integrity=False,
     )
     model.load_state_dict(state["model"])
-    return model.eval()
+    return model.to("cpu" if cpu.enabled() else "cuda").eval()
 
 
 @torch.no_grad()
 def megatron_logits(model, ids: torch.Tensor) -> torch.Tensor:
     """[b, s, vocab] of a Megatron model."""
     length = ids.shape[1]
-    mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), diagonal=1)
-    positions = torch.arange(length).expand_as(ids)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=ids.device).triu(1)
+    positions = torch.arange(length, device=ids.device).expand_as(ids)
     logits = model(ids, positions, mask)
     return logits.float()
+
+
+def prediction_logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """[b, s, vocab] of a Megatron model's first layer of multi-token prediction."""
+    seen = []  # copies: the loss works in the logits' own memory
+    handle = model.output_layer.register_forward_hook(
+        lambda layer, inputs, out: seen.append(out[0].transpose(0, 1).float().clone())
+    )
+    main = megatron_logits(model, ids)
+    handle.remove()
+    others = [x for x in seen if not torch.equal(x, main)]
+    assert len(others) == 1
+    return others[0]

@@ -3,9 +3,14 @@
     tests/soak.py --kills 100 --folder /tmp/soak
 
 Trains once undisturbed and once under ``launch/supervise.py`` while one process after another is
-killed with SIGKILL: a rank, torchrun, the supervisor itself; while it starts, between steps, in the
-middle of a save. What was killed must leave no process behind, the run must reach its end, and its
-last checkpoint must hold the same bits, weights and optimizer, as the undisturbed run's.
+killed with SIGKILL: a rank, torchrun, the supervisor itself, the writer of asynchronous saves;
+while it starts, between steps, in the middle of a save. What was killed must leave no process
+behind, the run must reach its end, and its last checkpoint must hold the same bits, weights and
+optimizer, as the undisturbed run's, which saves synchronously. The same command goes on with a soak
+that was broken off.
+
+``--saves`` says how the disturbed run saves: ``sync``, ``async``, or ``both``: one or the other, by
+chance, after each kill.
 """
 
 from __future__ import annotations
@@ -64,8 +69,9 @@ distributed-timeout-minutes: 1
 
 #: Seconds that an attempt may take to reach the moment to kill at.
 START_SECONDS = 1200.0
-#: Seconds that what was killed may take to be gone with all it started; torchrun gives ranks 30.
-GONE_SECONDS = 60.0
+#: Seconds that what was killed may take to be gone with all it started; torchrun gives ranks 30, a
+#: rank misses its writer at the next save.
+GONE_SECONDS = 240.0
 
 
 @dataclass
@@ -105,39 +111,54 @@ def start(words: list[str], output: Path) -> subprocess.Popen:
         return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=f, stderr=f)
 
 
-def soak(folder: Path, kills: int, ranks: int = 2, seed: int = 0, per_kill: int = 6) -> Result:
+def soak(
+    folder: Path,
+    kills: int,
+    ranks: int = 2,
+    seed: int = 0,
+    per_kill: int = 6,
+    saves: str = "both",
+) -> Result:
     """Train ``per_kill * (kills + 2)`` iterations; see the module's text.
 
     What ``folder`` holds of an earlier call that was broken off is gone on from.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "soak.yaml").write_text(CONFIG)
+    (folder / "whole.yaml").write_text(CONFIG)
     iterations, interval = per_kill * (kills + 2), max(1, per_kill // 2)
     began = time.time()
     if supervise.checkpoint(folder / "whole") < iterations:
-        whole = command(folder / "soak.yaml", folder / "whole", ranks, iterations, interval)
+        whole = command(folder / "whole.yaml", folder / "whole", ranks, iterations, interval)
         process = start(whole, folder / "whole.out")
         if process.wait(timeout=3600):
             raise RuntimeError((folder / "whole.out").read_text()[-3000:])
     words = command(folder / "soak.yaml", folder / "run", ranks, iterations, interval)
-    result = _disturb(words, folder, kills, random.Random(seed), per_kill)
+    result = _disturb(words, folder, kills, random.Random(seed), per_kill, saves)
     result.seconds = time.time() - began
     _check_history(folder / "run", result)
     return result
 
 
 def _disturb(
-    words: list[str], folder: Path, kills: int, chance: random.Random, per_kill: int
+    words: list[str],
+    folder: Path,
+    kills: int,
+    chance: random.Random,
+    per_kill: int,
+    saves: str,
 ) -> Result:
     result, run = Result(), folder / "run"
     result.kills.update(_killed_before(folder))
+    _choose_saves(folder, chance, saves)
     process = start(words, folder / "run.out")
     while result.kills.total() < kills and process.poll() is None:
         moment = _wait_for_moment(run, process, chance, per_kill)
         if moment is None:
             break
         target, pid = _target(process.pid, chance)
-        below = _descendants(pid) if target != "rank" else _descendants(process.pid)[1:]
+        above = target in ("torchrun", "supervisor")
+        below = _descendants(pid) if above else _descendants(process.pid)[1:]
+        _choose_saves(folder, chance, saves)
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -154,6 +175,14 @@ def _disturb(
     if process.wait(timeout=1800):
         raise RuntimeError((folder / "run.out").read_text()[-3000:])
     return result
+
+
+def _choose_saves(folder: Path, chance: random.Random, saves: str) -> None:
+    """How the next attempt saves: the configuration is read at every start."""
+    kind = chance.choice(["sync", "async"]) if saves == "both" else saves
+    new = folder / "soak.yaml.new"
+    new.write_text(CONFIG + f"async-save: {str(kind == 'async').lower()}\n")
+    new.replace(folder / "soak.yaml")
 
 
 def _killed_before(folder: Path) -> Counter:
@@ -190,18 +219,26 @@ def _wait_for_moment(
 
 
 def _target(supervisor: int, chance: random.Random) -> tuple[str, int]:
-    kind = chance.choices(["rank", "torchrun", "supervisor"], [60, 25, 15])[0]
+    kind = chance.choices(["rank", "torchrun", "supervisor", "writer"], [50, 20, 15, 15])[0]
     if kind != "supervisor":
         try:
             launchers = psutil.Process(supervisor).children()
             found = launchers
-            if launchers and kind == "rank":
+            if launchers and kind in ("rank", "writer"):
                 found = [psutil.Process(pid) for pid in supervise.ranks(launchers[0].pid)]
+            if kind == "writer":
+                kind, found = ("writer", w) if (w := _writers(found)) else ("rank", found)
             if found:
                 return kind, chance.choice(found).pid
         except psutil.NoSuchProcess:
             pass
     return "supervisor", supervisor
+
+
+def _writers(ranks: list[psutil.Process]) -> list[psutil.Process]:
+    """The processes that write asynchronous saves: Megatron starts them from a fork server."""
+    servers = [p for rank in ranks for p in rank.children() if "forkserver" in str(p.cmdline())]
+    return [writer for server in servers for writer in server.children()]
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
@@ -326,9 +363,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--saves", choices=("sync", "async", "both"), default="both")
     parser.add_argument("--folder", type=Path, required=True)
     options = parser.parse_args()
-    result = soak(options.folder, options.kills, options.ranks, options.seed)
+    result = soak(
+        options.folder, options.kills, options.ranks, options.seed, saves=options.saves
+    )
     for what, count in sorted(result.kills.items()):
         print(f"{count:4}  {what}")
     wrong = different(options.folder)

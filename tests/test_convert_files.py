@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from mhc_megatron.checkpoint.recipes import Output, Recipe, Region
 from mhc_megatron.checkpoint.torch_dist import TorchDistSource
 from mhc_megatron.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.float8_e4m3fn]
 
 
@@ -238,6 +242,97 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
         inspection.verify(tmp_path / "a")
 
 
+# ----------------------------------------------------------------------------------------- memory
+
+LLAMA_8B = dict(
+    model_type="llama",
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+)
+SMALLER = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    vocab_size=32768,
+)
+
+
+def _synthetic(path: Path, config: dict) -> tuple[int, int]:
+    """A Llama of zeros in bf16, as a sparse file; bytes of it and of its largest tensor."""
+    from mhc_megatron.checkpoint import arguments
+    from mhc_megatron.checkpoint.huggingface import pieces
+
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    args = arguments.namespace(arguments.megatron_values(config))
+    header, at, largest = {}, 0, 0
+    for piece in pieces(args, config["vocab_size"]):
+        for name, shape in piece.hf:
+            size = 2 * math.prod(shape)
+            offsets = [at, at + size]
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": offsets}
+            at, largest = at + size, max(largest, size)
+    text = json.dumps(header).encode()
+    with open(path / "model.safetensors", "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.truncate(8 + len(text) + at)
+    return at, largest
+
+
+def _peak(*words) -> int:
+    """Bytes that a conversion holds at most, in a process of its own."""
+    code = (
+        f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'kernels')]!r}\n"
+        "from tools.convert_checkpoint import main\n"
+        "code = main(sys.argv[1:])\n"
+        "import resource; print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "sys.exit(code)"
+    )
+    words = [str(word) for word in (*words, "--quiet")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return 1024 * int(done.stdout.split("peak ")[1])
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
+    """At most three times the largest tensor above what a small model takes, whatever the size."""
+    tiny = {**LLAMA_8B, **SMALLER, "num_hidden_layers": 1, "vocab_size": 64}
+    _synthetic(tmp_path / "tiny", tiny)
+    least = _peak("import-hf", tmp_path / "tiny", tmp_path / "t")
+    total, largest = _synthetic(tmp_path / "hf", {**LLAMA_8B, **SMALLER})
+    assert total > 5 * largest
+    assert _peak("import-hf", tmp_path / "hf", tmp_path / "m") < least + 3 * largest
+    assert _peak("upcycle", tmp_path / "m", tmp_path / "up") < least + 3 * largest
+    assert _peak("export-hf", tmp_path / "m", tmp_path / "back") < least + 3 * largest
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_an_8b_model_converts_under_6_gb(tmp_path: Path) -> None:
+    """Llama-3-8B's shapes, 16 GB; a few minutes, and 32 GB of disk."""
+    if shutil.disk_usage(tmp_path).free < 40e9:
+        pytest.skip("needs 40 GB of free disk")
+    total, _ = _synthetic(tmp_path / "hf", LLAMA_8B)
+    assert total > 16e9
+    try:
+        there = _peak("import-hf", tmp_path / "hf", tmp_path / "m")
+        back = _peak("export-hf", tmp_path / "m", tmp_path / "b")
+    finally:
+        for name in ("m", "b", "m.partial", "b.partial"):
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+    print(f"peak: import-hf {there / 1e9:.2f} GB, export-hf {back / 1e9:.2f} GB")
+    assert max(there, back) < 6e9
+
+
 def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch) -> None:
     import errno
 
@@ -280,6 +375,25 @@ def test_a_source_that_changed_is_not_resumed(tmp_path: Path, monkeypatch) -> No
     before = convert.fingerprint(plan)
     save_file(_state(1), folder / "model.safetensors")
     assert convert.fingerprint(plan) != before
+
+
+def test_the_bar_counts_every_byte(tmp_path: Path, monkeypatch) -> None:
+    """On a terminal there is a progress bar; it ends where the plan does."""
+    bars = []
+
+    class Bar(convert.tqdm):
+        def __init__(self, *args, disable, **kwargs) -> None:
+            assert disable is None  # shown on a terminal only
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    source = safetensors_io.SafetensorsSource(_folder(tmp_path / "a"))
+    plan = convert.Plan("torch_dist", [source.path], _copy(source), "release")
+    plan.objects = {torch_dist.COMMON: torch_dist.archive({})}
+    monkeypatch.setitem(convert.FILE_BYTES, "torch_dist", 40)
+    monkeypatch.setattr(convert, "tqdm", Bar)
+    convert.run(plan, tmp_path / "b")
+    assert [bar.n for bar in bars] == [plan.nbytes] == [bars[0].total]
 
 
 def test_too_little_room_is_said_before(tmp_path: Path, monkeypatch) -> None:

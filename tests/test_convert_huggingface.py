@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from checkpoint_models import (
     hf_model,
     megatron_logits,
     megatron_model,
+    prediction_logits,
     save_hf,
+    save_with_prediction,
     tokens,
 )
 from safetensors.torch import load_file, save_file
@@ -24,6 +28,7 @@ from mhc_megatron.checkpoint.recipes import Recipe
 from mhc_megatron.checkpoint.torch_dist import TorchDistSource
 from mhc_megatron.checkpoint.upcycle import SYMMETRIES, mirror, torch_dist_plan, upcycled_bias
 from mhc_megatron.config import MHCConfig
+from mhc_megatron.errors import UserError
 from tools.convert_checkpoint import main
 
 FAMILIES = ["llama", "qwen2", "qwen3", "deepseek_v3"]
@@ -103,6 +108,68 @@ def test_tied_embeddings_and_llama_3_s_rope(megatron_cpu, tmp_path: Path) -> Non
     torch.testing.assert_close(ours, hf_logits(model, tokens()), atol=1e-4, rtol=1e-4)
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # DeepSeek-V3's own form, with parameters that are not Megatron's defaults
+        {
+            "original_max_position_embeddings": 16,
+            "beta_fast": 4.0,
+            "beta_slow": 0.5,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+        {"original_max_position_embeddings": 32, "mscale": 0.707, "mscale_all_dim": 1.3},
+        {"original_max_position_embeddings": 16},
+    ],
+)
+def test_yarn(megatron_cpu, tmp_path: Path, changes: dict) -> None:
+    """Positions before and after the original length; the parameters come back."""
+    rope = {**YARN, **changes}
+    model = hf_model("deepseek_v3", rope_parameters=rope, qk_rope_head_dim=16, num_hidden_layers=2)
+    hf = save_hf(model, tmp_path / "hf")
+    assert run("import-hf", hf, tmp_path / "m") == 0
+    ids = tokens(length=60)
+    theirs, ours = hf_logits(model, ids), megatron_logits(megatron_model(tmp_path / "m"), ids)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    plain = hf_model("deepseek_v3", qk_rope_head_dim=16, num_hidden_layers=2)
+    assert (hf_logits(plain, ids) - theirs).abs().max() > 0.1  # the scaling takes part
+    assert run("export-hf", tmp_path / "m", tmp_path / "b") == 0
+    same_tensors(hf, tmp_path / "b")
+    back = json.loads((tmp_path / "b" / "config.json").read_text())["rope_parameters"]
+    assert {key: back[key] for key in rope} == rope
+    import transformers
+
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
+    assert torch.equal(hf_logits(again, ids), theirs)
+
+
+def test_latent_attention_without_query_compression(tmp_path: Path, capsys) -> None:
+    hf = save_hf(hf_model("deepseek_v3", num_hidden_layers=1, q_lora_rank=None), tmp_path / "hf")
+    capsys.readouterr()
+    assert run("import-hf", hf, tmp_path / "out") == 2
+    assert "q_lora_rank: null is not supported" in _said(capsys)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"mscale_all_dim": 1.0, "mscale": 0.0}, {"mscale": 0.7}, {"attention_factor": 1.5}],
+)
+def test_a_yarn_that_megatron_scales_otherwise(changes: dict) -> None:
+    from mhc_megatron.checkpoint.arguments import megatron_values
+
+    config = hf_model("deepseek_v3", num_hidden_layers=1).config.to_dict()
+    config["rope_parameters"] = {**YARN, "original_max_position_embeddings": 16, **changes}
+    with pytest.raises(UserError, match="mscale and mscale_all_dim only"):
+        megatron_values(config)
+    config["rope_parameters"] = {**YARN, "truncate": False}
+    with pytest.raises(UserError, match="truncate: false"):
+        megatron_values(config)
+
+
 def test_shards_workers_and_bf16(models, tmp_path: Path, monkeypatch, capsys) -> None:
     """A sharded folder, converted by two processes, gives the same bits; a cast tells its error."""
     model, _, megatron = models("llama")
@@ -142,6 +209,172 @@ def test_fp8_out_and_in_again(tmp_path: Path, capsys) -> None:
     back = load_file(tmp_path / "back" / "model.safetensors")[name].float()
     weight = model.state_dict()[name]
     assert (back - weight).norm() / weight.norm() < 0.04
+
+
+# --------------------------------------------------------------------- Transformer Engine's names
+
+
+@pytest.fixture
+def engine_names(megatron_cpu, monkeypatch) -> dict:
+    """Megatron's own Transformer Engine specs, with layers that have its names on a CPU.
+
+    A norm that is fused into a linear layer is that layer's ``layer_norm_weight``. The changes of
+    arguments that go with it. tests/gpu/test_convert_gpu.py has the real layers.
+    """
+    from megatron.core.extensions import transformer_engine_spec_provider
+    from megatron.core.models import backends
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    class NormedLinear(ColumnParallelLinear):
+        def __init__(self, input_size: int, *args, config, **kwargs) -> None:
+            super().__init__(input_size, *args, config=config, **kwargs)
+            self.eps = config.layernorm_epsilon
+            self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size))
+
+        def forward(self, x, *args, **kwargs):
+            x = torch.nn.functional.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
+            return super().forward(x, *args, **kwargs)
+
+    class Provider(backends.LocalSpecProvider):
+        def linear(self) -> type:
+            return ColumnParallelLinear
+
+        def fuse_layernorm_and_linear(self) -> bool:
+            return True
+
+        def column_parallel_layer_norm_linear(self) -> type:
+            return NormedLinear
+
+    norm = Provider().layer_norm(rms_norm=True)
+    for module in (gpt_layer_specs, transformer_engine_spec_provider):
+        monkeypatch.setattr(module, "TESpecProvider", Provider)
+    monkeypatch.setattr(gpt_layer_specs, "TENorm", norm)
+    return {"transformer-impl": "transformer_engine"}
+
+
+def test_transformer_engine_s_names_of_latent_attention(
+    engine_names: dict, predicting, tmp_path: Path
+) -> None:
+    """Import under these names, load, compute, upcycle, export."""
+    model, prediction, hf, _ = predicting
+    impl = ("--transformer-impl", "transformer_engine")
+    assert run("import-hf", hf, tmp_path / "m", *impl) == 0
+    names = TorchDistSource(tmp_path / "m").modules()
+    for prefix in ("decoder.layers.1.", "mtp.layers.0.transformer_layer."):
+        up = prefix + "self_attention.linear_{}_up_proj.layer_norm_weight"
+        assert {up.format("kv"), up.format("q")} <= names.keys()
+        assert prefix + "input_layernorm.weight" in names
+    assert "decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in names  # dense
+    assert "decoder.layers.1.pre_mlp_layernorm.weight" in names  # experts
+    ours = megatron_model(tmp_path / "m", **engine_names)
+    for mine, theirs in (
+        (megatron_logits(ours, tokens()), hf_logits(model, tokens())),
+        (prediction_logits(ours, tokens()), prediction.logits(model, tokens())),
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    assert run("export-hf", tmp_path / "m", tmp_path / "back") == 0
+    same_tensors(hf, tmp_path / "back")
+    assert run("upcycle", tmp_path / "m", tmp_path / "up") == 0
+    again = megatron_logits(megatron_model(tmp_path / "up", **engine_names), tokens())
+    before = megatron_logits(ours, tokens())
+    torch.testing.assert_close(again, before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_transformer_engine_s_names_of_other_attention(
+    engine_names: dict, models, family: str
+) -> None:
+    """They are what the local layers store too."""
+    model, _, megatron = models(family)
+    ours = megatron_logits(megatron_model(megatron, **engine_names), tokens())
+    torch.testing.assert_close(ours, hf_logits(model, tokens()), atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------- multi-token prediction
+
+
+@pytest.fixture(scope="module")
+def predicting(tmp_path_factory):
+    """DeepSeek-V3 with a layer of multi-token prediction: model, layer, folder, checkpoint."""
+    root = tmp_path_factory.mktemp("predicting")
+    model = hf_model("deepseek_v3", num_hidden_layers=2)
+    prediction = save_with_prediction(model, root / "hf")
+    assert run("import-hf", root / "hf", root / "megatron") == 0
+    return model, prediction, root / "hf", root / "megatron"
+
+
+def test_multi_token_prediction_there_and_back(megatron_cpu, predicting, tmp_path: Path) -> None:
+    """Every tensor bit for bit, and what the layer predicts is Eq. 21's."""
+    model, prediction, hf, megatron = predicting
+    assert run("export-hf", megatron, tmp_path / "back") == 0
+    same_tensors(hf, tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 1
+    assert run("verify", megatron) == 0
+    theirs, ours = prediction.logits(model, tokens()), megatron_model(megatron)
+    assert theirs.std() > 0.3
+    torch.testing.assert_close(prediction_logits(ours, tokens()), theirs, atol=1e-4, rtol=1e-4)
+    again = megatron_logits(ours, tokens())
+    torch.testing.assert_close(again, hf_logits(model, tokens()), atol=1e-4, rtol=1e-4)
+
+
+def test_prediction_layers_left_out_or_not_whole(predicting, tmp_path: Path, capsys) -> None:
+    _, _, hf, megatron = predicting
+    assert run("import-hf", hf, tmp_path / "main", "--drop-mtp") == 0
+    assert not any(key.startswith("mtp.") for key in TorchDistSource(tmp_path / "main").infos())
+    assert run("export-hf", megatron, tmp_path / "served", "--drop-mtp") == 0
+    served = load_file(tmp_path / "served" / "model.safetensors")
+    assert not any(name.startswith("model.layers.2.") for name in served)
+    config = json.loads((tmp_path / "served" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+    capsys.readouterr()
+    for name, change, said in (
+        ("eh_proj.weight", None, "eh_proj.weight is missing; --drop-mtp leaves"),
+        ("hnorm.weight", None, "missing tensors: model.layers.2.hnorm.weight"),
+        ("shared_head.head.weight", 1.0, "is not lm_head.weight; Megatron shares it"),
+    ):
+        state = load_file(hf / "model.safetensors")
+        taken = state.pop(f"model.layers.2.{name}")
+        if change:
+            state[f"model.layers.2.{name}"] = taken + change
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(state, folder / "model.safetensors")
+        (folder / "config.json").write_text((hf / "config.json").read_text())
+        assert run("import-hf", folder, tmp_path / "out") == 2
+        assert said in _said(capsys)
+
+
+@pytest.mark.parametrize("exit", ["mean", "learned"])
+def test_an_upcycled_prediction_is_the_same_function(
+    megatron_cpu, predicting, tmp_path: Path, monkeypatch, exit: str
+) -> None:
+    """And an mHC model with such a layer loads in transformers, which leaves it out."""
+    import transformers
+
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    _, _, _, megatron = predicting
+    assert run("upcycle", megatron, tmp_path / "up", "--set", f"exit={exit}") == 0
+    assert run("verify", tmp_path / "up") == 0
+    before, after = megatron_model(megatron), megatron_model(tmp_path / "up")
+    assert "mtp.layers.0.mtp_model_layer.attn_hc.phi" in after.state_dict()
+    for logits in (megatron_logits, prediction_logits):
+        torch.testing.assert_close(
+            logits(after, tokens()), logits(before, tokens()), atol=1e-5, rtol=1e-5
+        )
+    assert run("export-hf", tmp_path / "up", tmp_path / "served") == 0
+    served = load_file(tmp_path / "served" / "model.safetensors")
+    assert "model.layers.2.attn_hc.phi" in served
+    assert ("model.layers.2.exit.phi" in served) == (exit == "learned")
+    model, about = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "served", trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+    )
+    assert not about["unexpected_keys"] and not about["missing_keys"]
+    ours = megatron_logits(after, tokens())
+    torch.testing.assert_close(hf_logits(model.eval(), tokens()), ours, atol=1e-4, rtol=1e-4)
 
 
 # --------------------------------------------------------------------------------------- upcycle
@@ -364,6 +597,59 @@ def test_mhc_taken_for_residual_and_the_reverse(models, tmp_path: Path, capsys) 
     convert.run(plan, tmp_path / "lies2", quiet=True)
     assert run("export-hf", tmp_path / "lies2", tmp_path / "out") == 2
     assert "attn_hc.phi is missing" in _said(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def _state_of(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_damaged_sources_lose_nothing(models, tmp_path: Path, capsys) -> None:
+    """One sentence, exit code 2, no target, and the source as it was."""
+    model, _, megatron = models("llama")
+    hf = save_hf(model, tmp_path / "hf", max_shard_size="30KB")
+    shard = sorted(hf.glob("model-*.safetensors"))[1]
+    whole, dist = shard.read_bytes(), tmp_path / "m"
+    shutil.copytree(megatron, dist)
+    stored = next((dist / "release").glob("__0_0.distcp"))
+    sizes = stored.read_bytes()
+    for file, content, words, said in (
+        (shard, None, ("import-hf", hf), "is missing"),
+        (shard, whole[:-7], ("import-hf", hf), "is truncated"),
+        (shard, whole[:4], ("import-hf", hf), "truncated or not a safetensors file"),
+        (shard, b"\xff" + whole[1:], ("import-hf", hf), str(shard)),
+        (stored, None, ("export-hf", dist), "is missing"),
+        (stored, sizes[:-9], ("upcycle", dist), "is truncated"),
+        (stored, sizes[:200] + b"?" + sizes[201:], ("export-hf", dist), "is damaged"),
+        (dist / "release" / ".metadata", b"x", ("export-hf", dist), ".metadata is damaged"),
+    ):
+        before = file.read_bytes()
+        file.unlink() if content is None else file.write_bytes(content)
+        there = _state_of(tmp_path)
+        capsys.readouterr()
+        assert run(*words, tmp_path / "out") == 2, said
+        assert said in _said(capsys)
+        assert not (tmp_path / "out").exists()
+        left = _state_of(tmp_path)
+        assert {k: v for k, v in left.items() if not k.startswith("out.partial")} == there
+        file.write_bytes(before)
+        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+
+
+def test_a_full_disk_is_one_sentence(models, tmp_path: Path, capsys, monkeypatch) -> None:
+    _, hf, _ = models("llama")
+    full = shutil._ntuple_diskusage(9, 9, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(convert.shutil, "disk_usage", lambda path: full)
+        assert run("import-hf", hf, tmp_path / "out") == 2
+    assert "is too full" in _said(capsys) and not (tmp_path / "out").exists()
+
+    def fills_up(path, outputs, tensors):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(convert._WRITERS, "torch_dist", fills_up)
+    assert run("import-hf", hf, tmp_path / "out") == 2
+    assert "the disk is full; what is converted is kept" in _said(capsys)
     assert not (tmp_path / "out").exists()
 
 

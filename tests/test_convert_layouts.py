@@ -255,20 +255,9 @@ def test_main_s_arithmetic_on_the_exported_tensors(mhc_checkpoint: Path, tmp_pat
     """Megatron-LM's main branch as its source reads: H_res^T x, softmax first."""
     assert run("export-megatron", mhc_checkpoint, tmp_path / "x", "--layout", "main") == 0
     there, ours = TorchDistSource(tmp_path / "x"), TorchDistSource(mhc_checkpoint)
-    prefix = "decoder.layers.self_attention_hyper_connection."
-    weight, bias = (there.read(Region(prefix + s))[1] for s in ("mapping_proj.weight", "bias"))
-    alphas = [there.read(Region(f"{prefix}alpha_{part}"))[1] for part in ("pre", "post", "res")]
     x, y = torch.randn(7, N, C), torch.randn(7, C)
-    flat = x.flatten(1)
-    r = 1 / (flat.norm(dim=-1, keepdim=True) / (N * C) ** 0.5 + 1e-6)
-    scale = torch.cat([a.expand(k) for a, k in zip(alphas, (N, N, N * N), strict=True)])
-    h = r * (flat @ weight.t()) * scale + bias
-    h_pre, h_post = h[:, :N].sigmoid() + 1e-6, 2 * h[:, N : 2 * N].sigmoid()
-    M = h[:, 2 * N :].view(-1, N, N).softmax(-1) + 1e-6
-    M = M / (M.sum(-2, keepdim=True) + 1e-6)
-    for _ in range(19):
-        M = M / (M.sum(-1, keepdim=True) + 1e-6)
-        M = M / (M.sum(-2, keepdim=True) + 1e-6)
+    h_pre, h_post, logits = _main_s_terms(there, 1, x, 1e-6)
+    h_pre, M = h_pre + 1e-6, _main_s_sinkhorn(logits)
     expected = M.transpose(1, 2) @ x + h_post.unsqueeze(-1) * y.unsqueeze(1)
     u, H_post, H_res = reference.mhc_pre(
         x, *_connection(ours, 1, "attn_hc"), sinkhorn_kind="deepseek-v4", eps=1e-12
@@ -276,6 +265,218 @@ def test_main_s_arithmetic_on_the_exported_tensors(mhc_checkpoint: Path, tmp_pat
     torch.testing.assert_close(u, (h_pre.unsqueeze(-1) * x).sum(1), atol=1e-5, rtol=1e-4)
     x_next = reference.mhc_post(x, y, H_post, H_res)
     torch.testing.assert_close(x_next, expected, atol=1e-5, rtol=1e-4)
+
+
+def _main_s_terms(source: TorchDistSource, layer: int, x: torch.Tensor, eps: float):
+    """What both branches have in common (``_compute_h``): read, write and res logits."""
+    prefix = "decoder.layers.self_attention_hyper_connection."
+    weight, bias = (source.read(Region(prefix + s))[layer] for s in ("mapping_proj.weight", "bias"))
+    alphas = [
+        source.read(Region(f"{prefix}alpha_{part}"))[layer] for part in ("pre", "post", "res")
+    ]
+    flat = x.flatten(1)
+    r = 1 / (flat.norm(dim=-1, keepdim=True) / (N * C) ** 0.5 + eps)
+    scale = torch.cat([a.expand(k) for a, k in zip(alphas, (N, N, N * N), strict=True)])
+    h = r * (flat @ weight.t()) * scale + bias
+    return h[:, :N].sigmoid(), 2 * h[:, N : 2 * N].sigmoid(), h[:, 2 * N :].view(-1, N, N)
+
+
+def _main_s_sinkhorn(logits: torch.Tensor, iterations: int = 20) -> torch.Tensor:
+    M = logits.softmax(-1) + 1e-6
+    M = M / (M.sum(-2, keepdim=True) + 1e-6)
+    for _ in range(iterations - 1):
+        M = M / (M.sum(-1, keepdim=True) + 1e-6)
+        M = M / (M.sum(-2, keepdim=True) + 1e-6)
+    return M
+
+
+def test_the_first_development_branch_s_arithmetic(tmp_path: Path) -> None:
+    """H_res x, not transposed; exp, then rows and columns in turn, columns last."""
+    path = _run_checkpoint(tmp_path / "m", MHCConfig())
+    assert run("export-megatron", path, tmp_path / "x", "--layout", "dev") == 0
+    there, ours = TorchDistSource(tmp_path / "x"), TorchDistSource(path)
+    x, y = torch.randn(7, N, C), torch.randn(7, C)
+    h_pre, h_post, logits = _main_s_terms(there, 1, x, 1e-8)
+    M = logits.exp()
+    for _ in range(20):
+        M = M / M.sum(-1, keepdim=True).clamp(min=1e-8)
+        M = M / M.sum(-2, keepdim=True).clamp(min=1e-8)
+    assert (M - M.mT).abs().max() > 0.05  # a transposed matrix would be seen
+    u, H_post, H_res = reference.mhc_pre(x, *_connection(ours, 1, "attn_hc"), eps=1e-16)
+    torch.testing.assert_close(H_res, M, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(u, (h_pre.unsqueeze(-1) * x).sum(1), atol=1e-5, rtol=1e-4)
+    expected = M @ x + h_post.unsqueeze(-1) * y.unsqueeze(1)
+    torch.testing.assert_close(
+        reference.mhc_post(x, y, H_post, H_res), expected, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_the_development_branch_with_deepseek_v4_s_arithmetic(
+    mhc_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Before pull request 4839: the head is there, and H_res is not transposed."""
+    assert run("export-megatron", mhc_checkpoint, tmp_path / "x", "--layout", "main") == 0
+    assert run("import-megatron", tmp_path / "x", tmp_path / "back", "--layout", "dev") == 0
+    back, there = TorchDistSource(tmp_path / "back"), TorchDistSource(tmp_path / "x")
+    assert back.args.mhc["sinkhorn"] == "deepseek-v4" and back.args.mhc["exit"] == "learned"
+    x = torch.randn(7, N, C)
+    _, _, logits = _main_s_terms(there, 0, x, 1e-6)
+    _, _, H_res = reference.mhc_pre(
+        x, *_connection(back, 0, "attn_hc"), sinkhorn_kind="deepseek-v4", eps=1e-12
+    )
+    torch.testing.assert_close(H_res, _main_s_sinkhorn(logits), atol=1e-5, rtol=1e-4)
+
+
+def test_main_s_head_on_the_exported_tensors(mhc_checkpoint: Path, tmp_path: Path) -> None:
+    """learned_output_contract as main's source reads, against our exit."""
+    from mhc_megatron.streams import Exit
+
+    assert run("export-megatron", mhc_checkpoint, tmp_path / "x", "--layout", "main") == 0
+    assert run("import-megatron", tmp_path / "x", tmp_path / "back", "--layout", "main") == 0
+    there, back = TorchDistSource(tmp_path / "x"), TorchDistSource(tmp_path / "back")
+    fn, base, scale = (there.read(Region(f"decoder.hc_head_{k}")) for k in ("fn", "base", "scale"))
+    x, eps = torch.randn(5, 2, N * C), 1e-6
+    rsqrt = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    weights = torch.sigmoid((x @ fn.t()) * rsqrt * scale + base) + eps
+    expected = (weights.unsqueeze(-1) * x.unflatten(-1, (N, C))).sum(-2)
+    exit = Exit(MHCConfig.from_mapping(back.args.mhc), C, torch.device("cpu"))
+    exit.load_state_dict(
+        {
+            k: back.read(Region(f"decoder.final_layernorm.exit.{k}"))
+            for k in ("phi", "alpha", "bias")
+        }
+    )
+    torch.testing.assert_close(exit(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_hybrid_model_has_names_of_its_own(tmp_path: Path, capsys) -> None:
+    """HyperConnectionHybridLayer's: one connection a layer, the layer within inner_layer."""
+    path = _hybrid_checkpoint(tmp_path / "m", "*-|*E", MHCConfig(exit="learned"))
+    assert run("verify", path) == 0 and inspection.inspect(path)["layout"] == "mhc"
+    assert run("export-megatron", path, tmp_path / "x", "--layout", "main") == 0
+    there = TorchDistSource(tmp_path / "x")
+    infos = there.infos()
+    for prefix in ("", "optimizer.state.exp_avg."):
+        assert infos[f"{prefix}decoder.layers.1.inner_layer.mlp.linear_fc2.weight"].shape == (C, 8)
+        name = f"{prefix}decoder.layers.3.hyper_connection.mapping_proj.weight"
+        assert infos[name].shape == (24, N * C)
+        assert f"{prefix}decoder.final_norm.weight" in infos
+    assert "decoder.hc_head_fn" in infos and not any("_hc." in key for key in infos)
+    assert "decoder.layers.1.inner_layer.mlp.linear_fc2._extra_state/shard_0_1" in there.objects
+    assert there.args.enable_mhc_connections and there.args.mhc_num_residual_streams == N
+    assert inspection.inspect(tmp_path / "x")["layout"] == "megatron-hybrid"
+    assert run("import-megatron", tmp_path / "x", tmp_path / "back", "--layout", "main") == 0
+    assert run("diff", path, tmp_path / "back") == 0
+    assert TorchDistSource(tmp_path / "back").objects == TorchDistSource(path).objects
+    capsys.readouterr()
+    assert run("import-megatron", tmp_path / "x", tmp_path / "o", "--layout", "dev") == 2
+    assert "hybrid model; give --layout main" in _said(capsys)
+    assert run("export-deepseek-v4", path, tmp_path / "o") == 2
+    assert "is a hybrid model" in _said(capsys)
+
+
+def test_a_hybrid_model_is_upcycled(tmp_path: Path, capsys) -> None:
+    path = _hybrid_checkpoint(tmp_path / "m", "*-*E", MHCConfig(variant="none"))
+    assert run("upcycle", path, tmp_path / "up", "--set", "exit=learned") == 0
+    assert run("verify", tmp_path / "up") == 0
+    infos = TorchDistSource(tmp_path / "up").infos()
+    for prefix in ("", "optimizer.state.exp_avg."):
+        hc = {
+            k.removeprefix(prefix) for k in infos if k.startswith(prefix + "decoder") and "hc" in k
+        }
+        assert {k.split(".")[2] + "." + k.split(".")[3] for k in hc} == {
+            "0.attn_hc",
+            "1.mlp_hc",
+            "2.attn_hc",
+            "3.mlp_hc",
+        }
+        assert f"{prefix}decoder.final_norm.exit.phi" in infos
+    mamba = _hybrid_checkpoint(tmp_path / "b", "M-*E", MHCConfig(variant="none"))
+    assert run("upcycle", mamba, tmp_path / "o") == 2
+    assert "layers 'M' have no hyper-connections here" in _said(capsys)
+
+
+def _hybrid_checkpoint(path: Path, pattern: str, mhc: MHCConfig) -> Path:
+    """A checkpoint as a run of a small HybridModel writes it: a name for each layer."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {
+        "embedding.word_embeddings.weight": (VOCAB, C),
+        "decoder.final_norm.weight": (C,),
+    }
+    kinds = pattern.replace("|", "")
+    for layer, symbol in enumerate(kinds):
+        at, module = f"decoder.layers.{layer}.", "attn_hc" if symbol == "*" else "mlp_hc"
+        inner = "self_attention.linear_proj" if symbol == "*" else "mlp.linear_fc2"
+        shapes[f"{at}{inner}.weight"] = (C, 8)
+        if mhc.enabled:
+            shapes |= {
+                f"{at}{module}.phi": (mhc.K, N * C),
+                f"{at}{module}.alpha": (3,),
+                f"{at}{module}.bias": (mhc.K,),
+            }
+    if mhc.enabled:
+        for name, shape in (("phi", (N, N * C)), ("alpha", (1,)), ("bias", (N,))):
+            shapes[f"decoder.final_norm.exit.{name}"] = shape
+    outputs = []
+    for prefix in ("", "optimizer.state.exp_avg."):
+        for name, shape in shapes.items():
+            data = torch.rand(torch.Size(shape).numel(), generator=generator)
+            recipe = Recipe("values", (), {"data": data.tolist()})
+            outputs.append(Output(prefix + name, shape, torch.float32, recipe))
+    args = Namespace(
+        num_layers=len(kinds), hidden_size=C, hybrid_layer_pattern=pattern, mhc=mhc.to_mapping()
+    )
+    common = {"args": args, "iteration": 40, "optimizer": {"param_groups": []}}
+    objects = {
+        torch_dist.COMMON: torch_dist.archive(common),
+        "decoder.layers.1.mlp.linear_fc2._extra_state/shard_0_1": torch_dist.archive(None),
+    }
+    plan = convert.Plan(
+        "torch_dist", [], outputs, "iter_0000040", objects, {torch_dist.TRACKER: "40"}
+    )
+    convert.run(plan, path, quiet=True)
+    return path
+
+
+def _changed(path: Path, out: Path, tensors: dict = (), **args) -> Path:
+    """A copy of a checkpoint with further tensors and settings."""
+    source = TorchDistSource(path)
+    vars(source.args).update(args)
+    outputs = _copies(source)
+    for name, shape in dict(tensors).items():
+        outputs.append(Output(name, shape, torch.float32, Recipe("zeros", (), {"shape": shape})))
+    common = torch_dist.archive(source.common)
+    objects = {**{k: source.object_bytes(k) for k in source.objects}, torch_dist.COMMON: common}
+    plan = convert.Plan(
+        "torch_dist", [source.path], outputs, source.path.name, objects, {torch_dist.TRACKER: "40"}
+    )
+    convert.run(plan, out, quiet=True)
+    return out
+
+
+def test_connections_of_another_kind_are_refused(
+    mhc_checkpoint: Path, tmp_path: Path, capsys
+) -> None:
+    """Nothing of a connection is dropped without a word."""
+    assert run("export-megatron", mhc_checkpoint, tmp_path / "x", "--layout", "main") == 0
+    capsys.readouterr()
+    module = "decoder.layers.self_attention_hyper_connection."
+    for number, (tensors, args, said) in enumerate(
+        (
+            ({}, {"mhc_single_pass": True}, "mhc_single_pass: True has no counterpart here"),
+            ({}, {"mhc_connection_variant": "gated_residual"}, "gated_residual has no counterpart"),
+            ({module + "ple.weight": (LAYERS, 3)}, {}, "unknown tensors: decoder.layers.0."),
+            ({"mtp.layers.0.e_proj.weight": (C, C)}, {}, "layers of multi-token prediction"),
+        )
+    ):
+        other = _changed(tmp_path / "x", tmp_path / str(number), tensors, **args)
+        assert run("import-megatron", other, tmp_path / "o", "--layout", "main") == 2
+        assert said in _said(capsys)
+    ours = _changed(mhc_checkpoint, tmp_path / "ours", {"mtp.layers.0.enorm.weight": (C,)})
+    assert run("export-megatron", ours, tmp_path / "o", "--layout", "main") == 2
+    assert "layers of multi-token prediction" in _said(capsys)
+    old = _changed(tmp_path / "x", tmp_path / "old", {module + "norm.weight": (LAYERS, N * C)})
+    assert run("import-megatron", old, tmp_path / "o", "--layout", "dev") == 0  # without an effect
 
 
 def test_the_development_branch_has_no_head(mhc_checkpoint: Path, tmp_path: Path, capsys) -> None:
@@ -318,7 +519,7 @@ def test_an_optimizer_in_buckets_is_not_lost_silently(tmp_path: Path, capsys) ->
     outputs = [
         dataclasses.replace(o, key=o.key.replace("optimizer.state", "optimizer.bucket.0"))
         for o in _copies(source)
-        if "layernorm" not in o.key or not o.key.startswith("optimizer")
+        if "linear_fc2" in o.key or not o.key.startswith("optimizer")
     ]
     plan = convert.Plan("torch_dist", [source.path], outputs, "iter_0000040", texts={"x": "y"})
     plan.objects = {k: source.object_bytes(k) for k in source.objects}

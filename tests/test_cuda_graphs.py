@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("megatron_cpu")
 C, N = 32, 4
 
 
-def block(impl: str = "none", modules=(), layers: int = 2):
+def block(impl: str = "none", modules=(), layers: int = 2, fuse_norm: bool = True):
     """A TransformerBlock with connections; ``impl`` set after Megatron's checks, which want TE."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -33,7 +33,7 @@ def block(impl: str = "none", modules=(), layers: int = 2):
     config.cuda_graph_impl = impl
     config.cuda_graph_modules = [CudaGraphModule[name] for name in modules]
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec = mhc_layer_spec(spec, config, MHCConfig(alpha=0.5, init="static"))
+    spec = mhc_layer_spec(spec, config, MHCConfig(alpha=0.5, init="static", fuse_norm=fuse_norm))
     torch.manual_seed(3)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return TransformerBlock(config, spec, pg_collection=groups)
@@ -115,3 +115,10 @@ def test_parameters_of_connections_are_gathered_before_a_replay(modules, names):
     names = ["attn_hc", "mlp_hc"] if names is None else names
     for name in ("attn_hc", "mlp_hc"):
         assert (getattr(layer, name) in held) == (name in names)
+
+
+@pytest.mark.parametrize("fuse_norm", [True, False])
+def test_a_layer_has_no_hooks_that_a_graph_refuses(fuse_norm):
+    """core/transformer/cuda_graphs.py:1855: only those of Megatron's data parallelism."""
+    for module in block(fuse_norm=fuse_norm).layers.modules():
+        assert not module._forward_pre_hooks, module

@@ -1,13 +1,20 @@
 """What a run tells Prometheus, and the alarm on the composite gain."""
 
+import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from test_pretrain import CONFIG, arguments, corpus, launch, records  # noqa: F401
 
 from mhc_megatron.exporter import METRICS, Exporter
+
+ROOT = Path(__file__).resolve().parent.parent
 
 #: A sample of Prometheus' text format.
 SAMPLE = re.compile(r'([a-z_]+)\{((?:[a-z]+="(?:[^"\\]|\\.)*",?)+)\} (\S+)')
@@ -72,3 +79,23 @@ def test_a_run_exports_its_numbers_and_sounds_the_alarm(corpus, tmp_path):  # no
     assert alarm["iteration"] == 1 and alarm["threshold"] == 0.5
     assert (tmp_path / "out").read_text().count("ALARM: iteration 1: the composite gain is") == 1
     assert json.dumps(alarm)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checks the CPU mode")
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_works_without_a_network(corpus, tmp_path):  # noqa: F811
+    """launch/env.sh's WANDB_MODE; `wandb sync` takes what is left behind."""
+    path, run = tmp_path / "small.yaml", tmp_path / "run"
+    path.write_text(CONFIG.format(data=corpus))
+    changes = ["train-iters=5", "wandb-project=p", "wandb-exp-name=e", "save-interval=5"]
+    changes.append("tensorboard-log-interval=1")
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py")]
+    environment = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
+    result = subprocess.run(
+        [*command, *arguments(str(path), run, *changes)],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    (kept,) = (run / "wandb").glob("wandb/offline-run-*/run-*.wandb")
+    assert b"lm loss" in kept.read_bytes()

@@ -1,9 +1,12 @@
 """Faults: what a rank does, what the supervisor makes of it, which checkpoint is taken."""
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,13 +14,15 @@ import time
 from pathlib import Path
 
 import fault_job
+import psutil
 import pytest
 import soak
 import torch
 from test_pretrain import CONTEXT, arguments, launch, records, weights
 
 from launch import supervise
-from mhc_megatron import faults
+from launch.environment import check_resiliency
+from mhc_megatron import faults, spikes
 from mhc_megatron.checkpoint import sound
 from mhc_megatron.errors import UserError
 
@@ -53,9 +58,9 @@ def faulty(words: list[str], output: Path, fault: str, iteration: int) -> int:
     return process.exitcode
 
 
-def verdict(run: Path, began: float, code: int, skip: bool = False) -> supervise.Attempt:
+def verdict(run: Path, began: float, code: int) -> supervise.Attempt:
     """The supervisor's, written into its history."""
-    attempt = supervise.judge(began, time.time(), code, run, 3, skip, None)
+    attempt = supervise.judge(began, time.time(), code, run, 3, None)
     supervise.append(run, attempt)
     return attempt
 
@@ -139,6 +144,7 @@ def test_a_truncated_checkpoint_costs_the_steps_since_the_one_before(config, who
 # ------------------------------------------------------------------------------- what goes wrong
 
 
+@pytest.mark.slow
 def test_a_hang_prints_the_stacks_and_ends(config, tmp_path):
     began, run = time.time(), tmp_path / "run"
     words = arguments(config, run, *SETTINGS, "run.hang_minutes=0.05")
@@ -149,21 +155,114 @@ def test_a_hang_prints_the_stacks_and_ends(config, tmp_path):
     assert attempt.verdict == "again" and attempt.reason.startswith("rank-0 made no progress")
 
 
+def test_a_collective_that_never_ends_prints_the_stacks_of_those_who_wait(config, tmp_path):
+    """One of two ranks stays away at the third step."""
+    began, run = time.time(), tmp_path / "run"
+    words = arguments(config, run, *SETTINGS, "run.hang_minutes=0.1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank, fault in enumerate((None, "hang")):
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        given = (words, str(tmp_path / f"out-{rank}"), fault, 3, environment)
+        processes.append(CONTEXT.Process(target=fault_job.run, args=given))
+        processes[-1].start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [1, 1]
+    first, second = ((run / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1))
+    # The rank that waits says so too, unless its peer's end was first: then gloo does.
+    assert "all_reduce" in first and (faults.HUNG in first or "gloo" in first)
+    assert faults.HUNG in second and "in wait_for_ever" in second
+    attempt = verdict(run, began, 1)
+    assert attempt.verdict == "again" and "made no progress" in attempt.reason
+
+
 @pytest.mark.slow
-def test_a_bad_loss_is_skipped_where_that_is_the_policy(config, tmp_path):
+def test_a_writer_that_was_killed_ends_its_rank(config, whole_run, tmp_path):
+    """Asynchronous saves: the rank notices, and the next attempt ends with the same weights."""
+    run, killed = tmp_path / "run", []
+    words = arguments(config, run, *SETTINGS, "async-save=true")
+
+    def kill(pid: int, said: str) -> None:
+        if "iteration       2/" in said and not killed:
+            killed.extend(soak._writers([psutil.Process(pid)]))
+            for writer in killed:
+                writer.kill()
+
+    began = time.time()
+    assert launch(words, tmp_path / "out", kill) == 1 and killed
+    assert "the writer of checkpoints has died (exit code -9)" in verdict(run, began, 1).reason
+    assert launch(words, tmp_path / "out") == 0
+    saved = [r["iteration"] for r in records(run, "save")]
+    assert saved == [4, 8, 12] and same(run, whole_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "policy"), [("nan", "bad_loss"), ("spike", "loss_spike")])
+def test_a_bad_loss_is_skipped_where_that_is_the_policy(fault, policy, config, tmp_path):
     """Twice at the same iteration, from the same checkpoint; the third time it is left out."""
     run = tmp_path / "run"
-    words = arguments(config, run, *SETTINGS, "run.bad_loss=skip")
+    words = arguments(config, run, *SETTINGS, f"run.{policy}=skip")
     for expected in ("again", "again"):
         began = time.time()
-        assert faulty(words, tmp_path / "out", "nan", 6) == 1
-        attempt = verdict(run, began, 1, skip=True)
+        assert faulty(words, tmp_path / "out", fault, 6) == 1
+        attempt = verdict(run, began, 1)
         assert (attempt.verdict, attempt.bad_iteration, attempt.checkpoint) == (expected, 6, 4)
     assert faults.skipped_iterations(str(run)) == [6]
-    assert faulty(words, tmp_path / "out", "nan", 6) == 0
+    assert faulty(words, tmp_path / "out", fault, 6) == 0
+    # The second attempt knows what is usual from the first one's records.
+    assert [r["iteration"] for r in records(run, "spike")] == [6, 6] * (fault == "spike")
     steps = [r["iteration"] for r in records(run, "train")]
-    assert steps[-8:] == [5, 5, 5, 7, 8, 9, 10, 11, 12][-8:]
-    assert all(r["loss"] is not None for r in records(run, "train"))
+    assert steps == [1, 2, 3, 4, 5, 5, 5, 7, 8, 9, 10, 11, 12]
+    usual = records(run, "train")[4]["loss"]
+    assert all(0 < r["loss"] < 2 * usual for r in records(run, "train"))
+
+
+def test_a_spike_ends_the_run_where_that_is_the_policy(config, tmp_path):
+    began, run = time.time(), tmp_path / "run"
+    words = arguments(config, run, *SETTINGS, "run.loss_spike=stop")
+    assert faulty(words, tmp_path / "out", "spike", 7) == 1
+    assert "error: the loss of iteration 7 is " in (tmp_path / "out").read_text()
+    attempt = verdict(run, began, 1)
+    assert (attempt.verdict, attempt.bad_iteration, attempt.checkpoint) == ("give up", 7, 4)
+    assert "usual is 4." in attempt.reason and "(run.loss_spike: stop)" in attempt.reason
+
+
+@pytest.mark.slow
+def test_a_spike_is_told_and_trained_where_that_is_the_policy(config, tmp_path):
+    run = tmp_path / "run"
+    words = arguments(config, run, *SETTINGS, "run.loss_spike=log")
+    assert faulty(words, tmp_path / "out", "spike", 7) == 0
+    (spike,) = records(run, "spike")
+    assert spike["iteration"] == 7 and spike["policy"] == "log"
+    assert spike["loss"] > 6 * spike["usual"] > 20  # the loss of a model that knows nothing is 4.6
+    assert (tmp_path / "out").read_text().count("ALARM: the loss of iteration 7 is ") == 1
+    assert len(records(run, "train")) == 12
+
+
+def test_what_a_spike_is(tmp_path):
+    watch = spikes.SpikeWatch(2.0)
+    for loss in (5.0, 4.0, 4.0, 3.0):
+        watch.record(loss)
+        assert watch.usual is None and not watch.is_spike(1e9)
+    watch.record(3.0)
+    assert watch.usual == 4.0 and watch.is_spike(8.1)
+    assert not any(map(watch.is_spike, (8.0, float("nan"), float("inf"))))
+    for _ in range(spikes.RECORDS):
+        watch.record(1.0)
+    assert watch.usual == 1.0 and not spikes.SpikeWatch(0.0).is_spike(9.0)
+
+
+def test_what_is_usual_is_known_again_after_a_resume(tmp_path):
+    lines = [{"event": "train", "iteration": i, "loss": float(i)} for i in range(1, 9)]
+    lines += [{"event": "train", "iteration": 3, "loss": 30.0}, {"event": "valid", "iteration": 3}]
+    (tmp_path / "m").write_text("\n".join(map(json.dumps, lines)) + '\n{"event": "tr')
+    watch = spikes.SpikeWatch(2.0)
+    watch.resume(tmp_path / "m", 5)
+    assert watch.usual == 4.0  # of 1, 2, 30, 4, 5
 
 
 @pytest.mark.slow
@@ -186,7 +285,10 @@ def test_a_bad_loss_ends_the_run_where_that_is_the_policy(config, tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
-def test_a_full_disk_during_a_save(config, whole_run, tmp_path):
+@pytest.mark.parametrize(
+    "asynchronous", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_a_full_disk_during_a_save(asynchronous, config, whole_run, tmp_path):
     run = tmp_path / "run"
     folder = run / "checkpoints"
     folder.mkdir(parents=True)
@@ -198,7 +300,7 @@ def test_a_full_disk_during_a_save(config, whole_run, tmp_path):
         pytest.skip("cannot mount a file system here")
     try:
         began = time.time()
-        words = arguments(config, run, *SETTINGS)
+        words = arguments(config, run, *SETTINGS, f"async-save={str(asynchronous).lower()}")
         code = launch(words, tmp_path / "out")
         attempt = verdict(run, began, code)
         assert code == 1 and attempt.verdict == "give up"
@@ -231,10 +333,10 @@ reached() {{ echo $1 > $RUN/checkpoints/latest_checkpointed_iteration.txt; }}
     return ["bash", "-c", text]
 
 
-def supervised(tmp_path: Path, body: str, attempts: int = 3, skip: bool = False):
+def supervised(tmp_path: Path, body: str, attempts: int = 3):
     """(exit code, verdicts, times requeued) of a supervised script."""
     requeued = []
-    supervisor = supervise.Supervisor(tmp_path / "run", script(tmp_path, body), attempts, skip)
+    supervisor = supervise.Supervisor(tmp_path / "run", script(tmp_path, body), attempts)
     handlers = {n: signal.getsignal(n) for n in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
     try:
         code = supervisor.run(lambda: requeued.append(1))
@@ -248,6 +350,20 @@ def supervised(tmp_path: Path, body: str, attempts: int = 3, skip: bool = False)
 def impatient(monkeypatch):
     monkeypatch.setattr(supervise, "PAUSE", 0.01)
     monkeypatch.setattr(supervise, "_LATE", 0.0)
+
+
+def test_the_supervisor_needs_no_package():
+    """It runs on the node itself, where the ranks' software may be in a container."""
+    command = [sys.executable, "-S", "-E", str(ROOT / "launch" / "supervise.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and "--requeue" in result.stdout, result.stderr
+
+
+def test_an_old_resiliency_extension_is_refused_with_a_sentence(monkeypatch):
+    for found, refused in (("0.4.1", True), ("0.6.0", False), ("0.7.0", False)):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, found=found: found)
+        with pytest.raises(UserError, match="0.4.1") if refused else contextlib.nullcontext():
+            check_resiliency()
 
 
 def test_complete(tmp_path):
@@ -287,10 +403,23 @@ def test_progress_starts_the_count_anew(tmp_path):
 
 def test_a_bad_iteration_is_left_out_after_the_second_time(tmp_path):
     body = """if grep -q 7 $RUN/skip-iterations.json; then ended complete; else
-note 1 7 '"reason":"nan","bad_result":true'; exit 1; fi"""
-    code, history, _ = supervised(tmp_path, body, skip=True)
+note 1 7 '"reason":"nan","bad_result":true,"skip":true'; exit 1; fi"""
+    code, history, _ = supervised(tmp_path, body)
     assert (code, len(history)) == (0, 3)
     assert "iteration 7 was bad twice: it is left out" in history[1].reason
+
+
+def test_a_bad_iteration_is_not_left_out_where_that_is_not_the_policy(tmp_path):
+    body = """note 1 7 '"reason":"nan","bad_result":true'; exit 1"""
+    code, history, _ = supervised(tmp_path, body)
+    assert (code, len(history)) == (3, 3) and "3 attempts" in history[-1].reason
+    assert faults.skipped_iterations(str(tmp_path / "run")) == []
+
+
+def test_a_spike_that_is_to_stop_the_run_is_not_tried_again(tmp_path):
+    body = """note 1 7 '"reason":"a spike","bad_result":true,"stop":true'; exit 1"""
+    code, history, requeued = supervised(tmp_path, body)
+    assert (code, len(history), requeued) == (3, 1, 0) and "a spike" in history[0].reason
 
 
 def test_a_run_that_does_not_say_how_it_ended_is_not_complete(tmp_path):

@@ -174,6 +174,12 @@ RELIES_ON = [
              "if send_next_wait_handle is not None and config.deallocate_pipeline_outputs: "
              "send_next_wait_handle.wait()",
              "a send makes its stream wait for its end, so it has one of its own"),
+    Reliance("training.py", "core/optimizer/layer_wise_optimizer.py", "",
+             "if config.bf16: for i in range(len(optimizers)):",
+             "Muon with the distributed optimizer is refused outside bf16"),
+    Reliance("cpu.py", "core/pipeline_parallel/fine_grained_activation_offload.py",
+             "class ChunkOffloadHandler", 'and tensor.device.type == "cuda"',
+             "what lies in memory can be offloaded on the CPU too"),
     Reliance("training.py", "training/models/gpt.py", "class GPTModelBuilder", "model = GPTModel(",
              "the model class is replaced where build_model names it"),
     Reliance("optimizer.py", "core/optimizer/optimizer.py", "class ChainedOptimizer",
@@ -185,6 +191,13 @@ RELIES_ON = [
     Reliance("optimizer.py", "core/optimizer/distrib_optimizer.py", "class DistributedOptimizer",
              "param_groups_map[needed_groups] = param_group",
              "groups of a checkpoint are found by their settings, the last of equal ones counts"),
+    Reliance("optimizer.py", "core/optimizer/distrib_optimizer.py", "class DistributedOptimizer",
+             'steps = list(set([s["step"].item() for s in inner_state_dict["state"].values()])) '
+             "assert len(steps) == 1",
+             "an optimizer without a parameter has no step, save_without_parameters gives it one"),
+    Reliance("optimizer.py", "core/optimizer/optimizer.py", "class FP32Optimizer",
+             "state_dict['state']['common_step'] = step",
+             "the step of others than the distributed optimizer, _agree_on_step looks for it"),
     Reliance("optimizer.py", "core/optimizer/optimizer.py", "", "'is_expert_parallel',",
              "one of these settings says which optimizer of a chain a group is from"),
     Reliance("optimizer.py", "core/optimizer/optimizer.py",
@@ -296,3 +309,17 @@ def test_the_checkpoint_writers_queue_is_made_where_it_is_replaced():
     assert "_results_queue = ctx.Manager().Queue()" in inspect.getsource(
         filesystem_async.get_write_results_queue
     )
+
+
+def test_the_asynchronous_writer_is_what_it_is_guarded_as():
+    """mhc_megatron/faults.py: its process, its queues, and the loop that the process runs."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    start = inspect.getsource(PersistentAsyncCaller._get_process)
+    assert "target=PersistentAsyncCaller.async_loop" in start
+    assert "cls._persistent_process.daemon = True" in start
+    schedule = inspect.getsource(PersistentAsyncCaller.schedule_async_call)
+    assert "PersistentAsyncCaller._get_process(torch.distributed.get_rank())" in schedule
+    assert "self._persistent_preload_q.join()" in schedule
+    done = inspect.getsource(PersistentAsyncCaller.is_current_async_call_done)
+    assert "self._persistent_comp_q.get_nowait()" in done and "self.cur_item" in done

@@ -95,3 +95,45 @@ def test_an_all_reduce_of_two_dtypes(changes) -> None:
         _check_reduction(Namespace(**plain | changes | allowed))
     with pytest.raises(UserError, match="set accumulate-allreduce-grads-in-fp32"):
         _check_reduction(Namespace(**plain | changes))
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"),
+    [("deepep", "needs DeepEP,"), ("hybridep", "hybrid-ep"), ("ncclep", "NCCL")],
+)
+def test_a_dispatcher_that_is_not_installed(backend, said, monkeypatch) -> None:
+    from argparse import Namespace
+
+    from megatron.core.transformer.moe import fused_a2a
+
+    from mhc_megatron.training import _check_dispatcher
+
+    flex = Namespace(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend=backend)
+    with pytest.raises(UserError, match=said):
+        _check_dispatcher(flex)
+    _check_dispatcher(Namespace(**vars(flex) | {"moe_token_dispatcher_type": "alltoall"}))
+    for name in ("HAVE_DEEP_EP", "HAVE_HYBRIDEP", "HAVE_TE_EP"):
+        monkeypatch.setattr(fused_a2a, name, True)
+    _check_dispatcher(flex)
+
+
+def test_optimizers_that_megatron_stops_at() -> None:
+    from argparse import Namespace
+
+    from mhc_megatron.training import _check_optimizer
+
+    plain = {
+        "optimizer": "muon",
+        "use_layer_wise_distributed_optimizer": False,
+        "save": "run",
+        "no_save_optim": None,
+        "bf16": False,
+    }
+    layers = plain | {"use_layer_wise_distributed_optimizer": True}
+    soap = plain | {"optimizer": "soap"}
+    for allowed in (plain, layers | {"bf16": True}, soap | {"no_save_optim": True}):
+        _check_optimizer(Namespace(**allowed))
+    with pytest.raises(UserError, match="bf16 only"):
+        _check_optimizer(Namespace(**layers))
+    with pytest.raises(UserError, match="no-save-optim"):
+        _check_optimizer(Namespace(**soap | {"bf16": True}))

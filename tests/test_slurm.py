@@ -5,6 +5,7 @@ Skipped where Slurm is not installed or this is not root (tests/slurm_cluster.py
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,11 +136,36 @@ def test_preempted_it_saves_goes_back_into_the_queue_and_resumes(slurm, files, w
     assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
 
 
-def test_a_checkpoint_is_verified_in_a_job(slurm, files, whole, tmp_path):
-    words = ["--site", str(files / "torchrun.yaml"), "--run-dir", str(tmp_path), "--convert"]
-    job = submit(slurm, *words, "--", "verify", str(whole / "checkpoints"))
+#: In place of pyxis, which Debian has no package of: keeps its options, starts the rest.
+SRUN = """#!/bin/bash
+words=()
+for word; do
+    case $word in --container-*) echo "$word" >>{folder}/options;; *) words+=("$word");; esac
+done
+exec {srun} "${{words[@]}}"
+"""
+
+
+def test_a_checkpoint_is_converted_in_a_job_in_a_container(slurm, files, whole, tmp_path):
+    (tmp_path / "bin").mkdir()
+    srun = shutil.which("srun", path=slurm.env["PATH"])
+    (tmp_path / "bin" / "srun").write_text(SRUN.format(folder=tmp_path, srun=srun))
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    site = (files / "torchrun.yaml").read_text()
+    site += f"setup: ['PATH={tmp_path}/bin:$PATH']\n"
+    site += "container: {image: /img/torch.sqsh, mounts: ['/data:/data']}\n"
+    (tmp_path / "site.yaml").write_text(site)
+    words = ["--site", str(tmp_path / "site.yaml"), "--run-dir", str(tmp_path), "--convert"]
+    out = tmp_path / "mean"
+    source = str(whole / "checkpoints")
+    job = submit(slurm, *words, "--", "average", source, source, "--out", str(out))
     assert slurm.wait(job) == "COMPLETED", said(tmp_path)
-    assert "tensors" in said(tmp_path)
+    assert (out / "latest_checkpointed_iteration.txt").exists(), said(tmp_path)
+    assert (tmp_path / "options").read_text().splitlines() == [
+        "--container-image=/img/torch.sqsh",
+        f"--container-mounts={ROOT}:{ROOT},/data:/data",
+        f"--container-workdir={ROOT}",
+    ]
 
 
 SWEEP = """

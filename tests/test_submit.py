@@ -188,6 +188,16 @@ def test_environment_of_each_profile():
     assert wrong.returncode == 2
 
 
+def test_each_variable_of_the_environment_has_its_reason():
+    lines = (ROOT / "launch" / "env.sh").read_text().splitlines()
+    variables = [i for i, line in enumerate(lines) if line.strip().startswith("set_default ")]
+    assert len(variables) > 15
+    for i in variables:
+        while lines[i].strip().startswith("set_default "):  # a pair may share one
+            i -= 1
+        assert lines[i].strip().startswith("# "), lines[i + 1]
+
+
 def test_layout_of_every_configuration_fits_the_gpus_it_names():
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         settings = load(str(path))

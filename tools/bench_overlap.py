@@ -1,7 +1,7 @@
 """What the overlap schedule hides, piece by piece.
 
     python tools/bench_overlap.py --out runs/overlap            # one GPU, an emulated wire
-    torchrun --nproc-per-node 4 tools/bench_overlap.py --out runs/overlap     # NCCL, PP 4 x VPP 2
+    torchrun --nproc-per-node 4 tools/bench_overlap.py --out runs/overlap     # over NCCL
     python tools/bench_overlap.py --device cpu --quick          # a test of the bench itself
 
 One GPU: a chunk of a middle pipeline stage in a steady state (``overlap_bench/slots.py``), the
@@ -15,7 +15,11 @@ nothing about overlap and is marked.
 
 Then a timeline: two slots under torch.profiler; trace and picture.
 
-Several GPUs: the same pieces in Megatron's interleaved schedule over NCCL, milliseconds of a step.
+Several GPUs: Megatron's own schedules over NCCL (``overlap_bench/pipeline.py``), milliseconds of a
+step: the plain residual model and mHC, each without overlap and with Megatron's, mHC with ours and
+with each piece left out. Two GPUs: EP2, then PP2 x VPP2; a multiple of four: experts and pipeline
+at once (EP2 x PP2 x VPP2, EP4 x PP2 x VPP2). Then a profiled step of each row: time of NCCL's
+kernels, and the part of it in which no other kernel ran (exposed).
 
 Written to --out: table.txt, results.json; *.png and *.trace.json.gz of the
 whole schedule (timeline) and of Megatron's placing (megatrons). Exit code 0; 1 if a part failed
@@ -30,6 +34,7 @@ import json
 import os
 import statistics
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -44,6 +49,7 @@ for _path in (str(_ROOT / "kernels"), str(_ROOT)):
 
 import torch  # noqa: E402
 
+_START = time.monotonic()
 WHOLE, MEGATRON = "", "mixing_stream,gradient_wait,hop_streams,open_end"
 #: Row -> (pieces left out, wire: its share of n*C bytes, whether anything overlaps).
 ROWS: dict[str, tuple[str, float, bool]] = {
@@ -93,6 +99,7 @@ def main() -> int:
             text.append(f"failed: {', '.join(failed)}")
         (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         (out / "table.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
+        (out / "partial.json").unlink(missing_ok=True)
         print("\n".join(text))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -114,6 +121,10 @@ def _parser() -> Parser:
     parser.add_argument("--dense", action="store_true", help="no experts")
     parser.add_argument("--slots", type=int, default=8, help="of one measurement")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of a row")
+    parser.add_argument("--layout", type=int, default=None, metavar="I",
+                        help="several GPUs: only the I-th of their layouts, from 0")
+    parser.add_argument("--seconds", type=float, default=3600.0,
+                        help="several GPUs: begin no round and no profile after that many")
     return parser
 
 
@@ -128,10 +139,7 @@ def start(several: bool, device: str) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if several:
         dist.init_process_group(backend)
-        parallel_state.initialize_model_parallel(
-            pipeline_model_parallel_size=dist.get_world_size(),
-            virtual_pipeline_model_parallel_size=2,
-        )
+        return  # each layout has groups of its own
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
@@ -192,6 +200,7 @@ def emulation(options: argparse.Namespace, out: Path) -> tuple[dict[str, Any], l
         "rows": rows,
     }
     lines = table(rows, shape, options, engine, expert_ms)
+    print("\n".join(lines), flush=True)  # before the profiler, which takes a while
     try:
         if not cpu:
             result["timeline"] = timeline(options, out, model, example, wires, shape)
@@ -292,27 +301,113 @@ def timeline_line(result: dict[str, dict[str, float]]) -> str:
 
 
 def pipeline(options: argparse.Namespace, out: Path) -> tuple[dict[str, Any], list[str]]:
-    """Milliseconds of a step of Megatron's interleaved schedule, row by row."""
-    from overlap_bench.pipeline import Pipeline
+    """Every layout of so many ranks: its rows' steps, then a profiled step of each."""
+    import torch.distributed as dist
+    from overlap_bench.pipeline import Models, layouts
 
-    run = Pipeline(shape_of(options), options.device == "cpu")
-    names = [name for name, (_, share, overlapped) in ROWS.items() if share == 1.0 and overlapped]
-    count = 2 if options.quick else options.rounds
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(count + 1):
-        for name in names:
-            ms = run.step(ROWS[name][0])
-            if i > 0:  # the first round warms up
-                samples[name].append(ms)
-    rows = {name: statistics.median(times) for name, times in samples.items()}
+    chosen = layouts(dist.get_world_size())
+    if options.layout is not None:
+        chosen = chosen[options.layout : options.layout + 1]
+    result: dict[str, Any] = {}
     lines = [
-        f"overlap schedule over {'gloo' if options.device == 'cpu' else 'NCCL'}: "
-        f"{run.describe()} on {device_name(options)}",
-        f"{'':42s}{'ms a step':>10s}{'more':>9s}",
+        f"overlap schedule over {dist.get_backend()}: {dist.get_world_size()} x "
+        f"{device_name(options)}"
     ]
-    least = rows["whole schedule"]
-    lines += [f"{name:42s}{ms:10.2f}{ms - least:9.2f}" for name, ms in rows.items()]
-    return {"rows": rows, "what": run.describe()}, lines
+    for layout in chosen:
+        models = Models(shape_of(options), layout, options.device == "cpu")
+        rows: dict[str, dict[str, Any]] = {}
+        result[layout.name] = {"what": models.describe(), "rows": rows}
+        turns(options, models, rows, lambda: _save(out, result))
+        profiles(options, out, models, rows)
+        _save(out, result)
+        lines += nccl_table(models.describe(), rows)
+        models.close()
+    return result, lines
+
+
+def turns(options: argparse.Namespace, models, found: dict[str, Any], save: Callable) -> None:
+    """Add every row's milliseconds to ``found``, round by round, or why there are none."""
+    from overlap_bench.pipeline import rows
+
+    found |= {row.name: {"steps": []} for row in rows(models.layout)}
+    for i in range(1 + (2 if options.quick else options.rounds)):
+        if i > 1 and _late(options):
+            break
+        for row in rows(models.layout):
+            of = found[row.name]
+            if "error" in of:
+                continue
+            try:
+                ms = models.step(row)
+            except Exception as error:
+                traceback.print_exc()
+                of["error"] = f"{type(error).__name__}: {error}"[:300]
+                continue
+            if i > 0:  # the first round warms up
+                of["steps"].append(ms)
+                of["ms"] = statistics.median(of["steps"])
+        save()
+
+
+def profiles(options: argparse.Namespace, out: Path, models, found: dict[str, Any]) -> None:
+    """Add what the links did to each row; the traces of two rows stay."""
+    from overlap_bench.pipeline import PIECES, WHOLE, rows
+
+    if options.device == "cpu":
+        return
+    kept = {WHOLE.name: "ours", "mHC, Megatron's own placing": "megatrons"}
+    # Those first that matter most, as the time may end.
+    order = sorted(rows(models.layout), key=lambda row: row.without in PIECES)
+    for row in order:
+        if "error" in found[row.name] or _late(options):
+            continue
+        stem = kept.get(row.name)
+        slug = models.layout.name.replace(" ", "").lower()
+        path = out / f"{slug}-{stem}.trace.json.gz" if stem else None
+        found[row.name]["links"] = asdict(models.profiled(row, path))
+
+
+def nccl_table(what: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+    """One layout in words; the differences are to the row without overlap of the same model."""
+    head = "".join(f"{name:>{width}s}" for name, width in (
+        ("ms a step", 11), ("spread", 18), ("change", 9), ("over resid.", 12),
+        ("NCCL", 9), ("exposed", 9), ("busy", 9)))  # fmt: skip
+    lines = [what, f"{'':36s}{head}"]
+    for name, of in rows.items():
+        if "ms" not in of:
+            lines.append(f"{name:36s} failed: {of.get('error', 'no step was timed')}")
+            continue
+        model = name.split(",")[0]
+        alone = rows.get(f"{model}, no overlap", {}).get("ms")
+        plain = rows.get("residual, Megatron's overlap" if "no overlap" not in name
+                         else "residual, no overlap", {}).get("ms")  # fmt: skip
+        spread = f"{min(of['steps']):.2f}..{max(of['steps']):.2f}"
+        links = of.get("links")
+        told = [f"{links[key]:9.2f}" for key in ("nccl", "exposed", "busy")] if links else []
+        lines.append(
+            f"{name:36s}{of['ms']:11.2f}{spread:>18s}{_share(of['ms'], alone):>9s}"
+            f"{_share(of['ms'], plain if model == 'mHC' else None):>12s}{''.join(told)}"
+        )
+    return [*lines, ""]
+
+
+def _share(ms: float, other: float | None) -> str:
+    return f"{100 * (ms / other - 1):+.1f} %" if other else "-"
+
+
+def _late(options: argparse.Namespace) -> bool:
+    """Whether the time is up, as rank 0 sees it."""
+    import torch.distributed as dist
+
+    answer = [time.monotonic() - _START > options.seconds]
+    dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def _save(out: Path, result: dict[str, Any]) -> None:
+    """What there is so far, in case that the rest never comes."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        (out / "partial.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,8 @@ def _bench(columns, part, options: argparse.Namespace, on_gpu: bool):
             _say(f"{precision}: {column.label}: building")
             built.append(models.Model(column, args, part, with_optimizer=options.optimizer))
         _say(f"{precision}: {options.steps} steps of each, in turns")
-        traces = options.out if options.traces else None
+        # Rank 0's: all ranks write to one folder.
+        traces = options.out if options.traces and args.rank == 0 else None
         found = measure.measure(built, options.steps, options.profile_steps, traces)
         for result, model, measured in zip(group.results, built, found):
             _fill(result, model, measured, on_gpu)

@@ -96,6 +96,9 @@ def _running(sub: argparse.ArgumentParser) -> None:
 
 def _dtype(sub: argparse.ArgumentParser, *names: str) -> None:
     sub.add_argument("--dtype", choices=names, help="cast weights; the error is reported")
+    sub.add_argument(
+        "--drop-mtp", action="store_true", help="leave out layers of multi-token prediction"
+    )
 
 
 def _write(plan: convert.Plan, options: argparse.Namespace) -> None:
@@ -138,6 +141,7 @@ def import_hf(options: argparse.Namespace) -> None:
         options.source,
         dtype=DTYPES.get(options.dtype),
         transformer_impl=options.transformer_impl,
+        drop_mtp=options.drop_mtp,
     )
     _write(plan, options)
 
@@ -164,6 +168,7 @@ def export_hf(options: argparse.Namespace) -> None:
         dtype=DTYPES.get(options.dtype),
         hf_config=options.hf_config,
         vocab_size=options.vocab_size,
+        drop_mtp=options.drop_mtp,
     )
     _write(plan, options)
 
@@ -267,12 +272,17 @@ def export_deepseek(options: argparse.Namespace) -> None:
     _write(export_deepseek_plan(options.source, options.names), options)
 
 
+LAYOUT_HELP = (
+    "main: H_res is applied transposed (main; dev since May 2026); dev: it is not (dev before that)"
+)
+
+
 def _add_megatron(commands) -> None:
     for name, direction in (("import-megatron", "->"), ("export-megatron", "<-")):
         sub = _command(
             commands, name, megatron, f"Megatron-LM's own names of the connections {direction} ours"
         )
-        sub.add_argument("--layout", choices=("main", "dev"), required=True, help="its branch")
+        sub.add_argument("--layout", choices=("main", "dev"), required=True, help=LAYOUT_HELP)
         sub.set_defaults(export=name.startswith("export"))
 
 
@@ -281,8 +291,7 @@ def megatron(options: argparse.Namespace) -> None:
     from mhc_megatron.checkpoint.layouts import megatron_plan
 
     convert.check_target(options.out)
-    layout = f"megatron-{options.layout}"
-    _write(megatron_plan(options.source, layout, export=options.export), options)
+    _write(megatron_plan(options.source, options.layout, export=options.export), options)
 
 
 def _add_average(commands) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from typing import Any
 
@@ -42,6 +43,15 @@ YARN = {
     "yarn-beta-slow": "beta_slow",
     "mscale": "mscale",
     "mscale-all-dim": "mscale_all_dim",
+}
+#: What Megatron takes where they are not given (MLATransformerConfig).
+YARN_DEFAULTS = {
+    "factor": 1.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
 }
 #: The parameters of Llama 3's scaling that Megatron has as constants (rotary_pos_embedding.py).
 LLAMA3 = {
@@ -86,6 +96,7 @@ UNSUPPORTED: dict[str, Any] = {
     "moe_shared_expert_gate": False,
     "moe_latent_size": None,
     "use_mup": False,
+    "hybrid_layer_pattern": None,
 }
 #: Where an argument's attribute is not its name.
 DESTINATIONS = {"norm-epsilon": "layernorm_epsilon"}
@@ -129,6 +140,13 @@ def megatron_values(config: dict[str, Any]) -> dict[str, Any]:
 
 def _latent_values(config: dict[str, Any]) -> dict[str, Any]:
     dense, layers = config["first_k_dense_replace"], config["num_hidden_layers"]
+    if config.get("q_lora_rank") is None:
+        # core/transformer/mla_qk_norm_config.py:148: with the norm that the keys and values need,
+        # a direct query projection gets one too (Transformer Engine) or is refused (local).
+        raise UserError(
+            "q_lora_rank: null is not supported: Megatron's latent attention has no query "
+            "projection without a norm of its own beside a norm of keys and values."
+        )
     values = {"multi-latent-attention": True, "qk-layernorm": True, **_named(LATENT, config)}
     if dense < layers:
         shared = config["moe_intermediate_size"] * (config.get("n_shared_experts") or 0)
@@ -165,8 +183,7 @@ def _rope(config: dict[str, Any], latent: bool) -> dict[str, Any]:
     if latent:
         values |= {"rope-type": "rope", "rotary-scaling-factor": 1.0}
     if kind == "yarn" and latent:
-        known = {key: rope[name] for key, name in YARN.items() if name in rope}
-        return values | {"rope-type": "yarn", **known}
+        return values | {"rope-type": "yarn", **_yarn(rope, config)}
     if kind == "llama3" and not latent:
         for key, wanted in LLAMA3.items():
             if rope.get(key, wanted) != wanted:
@@ -174,6 +191,44 @@ def _rope(config: dict[str, Any], latent: bool) -> dict[str, Any]:
         return values | {"use-rope-scaling": True, "rope-scaling-factor": rope["factor"]}
     if kind != "default":
         raise UserError(f"rope_type {kind!r} is not supported for this model.")
+    return values
+
+
+def _yarn(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Megatron's arguments for yarn; what the config leaves out is written out.
+
+    transformers (modeling_rope_utils.py, ``_compute_yarn_parameters``) scales cos and sin by a
+    given ``attention_factor``, else by m(mscale) / m(mscale_all_dim), m(x) = 0.1 x ln(factor) + 1,
+    else, where one of them is missing or 0, by m(1). Megatron knows the quotient only.
+
+    Raises:
+        UserError: where the two would differ.
+    """
+    original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    factor = rope.get("factor") or config["max_position_embeddings"] / original
+    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    values = {
+        "rotary-scaling-factor": factor,
+        "yarn-original-max-position-embeddings": original,
+        "yarn-beta-fast": rope.get("beta_fast") or YARN_DEFAULTS["beta_fast"],
+        "yarn-beta-slow": rope.get("beta_slow") or YARN_DEFAULTS["beta_slow"],
+        "mscale": YARN_DEFAULTS["mscale"] if mscale is None else mscale,
+        "mscale-all-dim": YARN_DEFAULTS["mscale_all_dim"] if all_dim is None else all_dim,
+    }
+
+    def m(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    wanted = rope.get("attention_factor")
+    if not wanted:
+        wanted = m(mscale) / m(all_dim) if mscale and all_dim else m(1)
+    if not math.isclose(wanted, m(values["mscale"]) / m(values["mscale-all-dim"]), rel_tol=1e-9):
+        raise UserError(
+            "rope_parameters: Megatron scales yarn's angles by mscale and mscale_all_dim only, "
+            f"which gives another factor than the config's {wanted:.6g}."
+        )
+    if not rope.get("truncate", True):
+        raise UserError("rope_parameters: truncate: false is not supported.")
     return values
 
 
@@ -211,6 +266,11 @@ def moe_layers(args: Namespace) -> list[int]:
     if isinstance(freq, int):
         return [1 if i % freq == 0 else 0 for i in range(layers)]
     return list(freq)
+
+
+def predictions(args: Namespace) -> int:
+    """The number of multi-token prediction layers."""
+    return getattr(args, "mtp_num_layers", None) or 0
 
 
 def _pattern(text: str) -> tuple[int, int]:
@@ -276,7 +336,7 @@ def hf_config(args: Namespace, vocab: int, base: dict[str, Any] | None = None) -
         return config
     config |= {name: _get(args, key) for key, name in LATENT.items()}
     config["num_key_value_heads"] = args.num_attention_heads
-    config["num_nextn_predict_layers"] = 0
+    config["num_nextn_predict_layers"] = predictions(args)
     config["first_k_dense_replace"] = (moe_layers(args) + [1]).index(1)
     if sum(moe_layers(args)):
         _check_routing(args)
@@ -307,7 +367,8 @@ def _rope_parameters(args: Namespace, latent: bool) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(args.rotary_base)}
     if latent and getattr(args, "rope_type", "yarn") == "yarn":
         known = {name: _get(args, key) for key, name in YARN.items()}
-        rope |= {"rope_type": "yarn", **{k: v for k, v in known.items() if v is not None}}
+        given = {name: value for name, value in known.items() if value is not None}
+        rope |= {"rope_type": "yarn", **YARN_DEFAULTS, **given}
     elif not latent and getattr(args, "use_rope_scaling", False):
         rope |= {"rope_type": "llama3", "factor": args.rope_scaling_factor, **LLAMA3}
     return rope
@@ -330,6 +391,7 @@ def dimensions(args: Namespace, vocab: int) -> dict[str, Any]:
     words = {
         "vocab": vocab,
         "hidden": args.hidden_size,
+        "two_hidden": 2 * args.hidden_size,
         "ffn": args.ffn_hidden_size,
         "channels": channels,
         "groups": groups,
@@ -345,7 +407,6 @@ def dimensions(args: Namespace, vocab: int) -> dict[str, Any]:
             "q": heads * (args.qk_head_dim + rope),
             "v": heads * args.v_head_dim,
             "q_lora": q_lora,
-            "q_direct": q_lora is None,
             "kv_lora": args.kv_lora_rank,
             "kv_down": args.kv_lora_rank + rope,
             "kv_up": heads * (args.qk_head_dim + args.v_head_dim),

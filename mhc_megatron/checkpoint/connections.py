@@ -6,19 +6,28 @@ applied as x_next[o] = sum_i H_res[o, i] x[i]; DeepSeek-V4's ``comb`` and the H_
 main branch are applied transposed, so their rows are [i, o].
 
 Sources: DeepSeek-V4's checkpoint names and transformers' ``models/deepseek_v4``; in
-NVIDIA/Megatron-LM, ``megatron/core/transformer/hyper_connection.py``: the main branch computes
-H_res^T x with V4's Sinkhorn and a learned head, the first version of its development branch H_res x
-with Eq. (9) and the mean of the streams (its ``norm.weight`` takes no part in the forward pass and
-is left out).
+NVIDIA/Megatron-LM, ``megatron/core/transformer/hyper_connection.py`` and ``transformer_block.py``
+(the head), with the same names on both branches:
+
+- ``main``, and ``dev`` since pull request 4839 (May 2026, issue 4957): H_res^T x, V4's Sinkhorn, a
+  learned head or (main at first) the mean.
+- ``dev`` before that: H_res x. At first (2943, January 2026) exp, rows, then columns, in turn, and
+  the mean of the streams; its ``norm.weight`` takes no part in the forward pass. Later V4's
+  Sinkhorn and the learned head.
+
+A hybrid stack (``models/hybrid/layers/hybrid_hyper_connection.py``) has one connection a layer,
+``hyper_connection``, and the layer's own tensors below ``inner_layer``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mhc_megatron.checkpoint.names import PREDICTION
 from mhc_megatron.checkpoint.recipes import Output, Recipe, Region, TensorInfo
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
@@ -38,6 +47,7 @@ class Layout:
         alpha: one name, or one each for pre, post, res.
         head: the exit's phi, alpha, bias.
         transposed: res rows are [i, o].
+        inner: what a hybrid stack's own tensors have between the layer and their name.
         sinkhorn, norm_eps: the arithmetic (``MHCConfig``).
         ignored: tensors of a connection without an effect.
     """
@@ -53,6 +63,11 @@ class Layout:
     sinkhorn: str
     norm_eps: float
     ignored: tuple[str, ...] = ()
+    inner: str = ""
+
+    def module(self, kind: str) -> str:
+        """``attn`` or ``mlp``, as it is called here."""
+        return self.attn if kind == "attn" else self.mlp
 
 
 OURS = Layout(
@@ -100,28 +115,22 @@ SPELLINGS = (
     (r"^hc_head\.hc_", "hc_head_"),
 )
 _MEGATRON = ("decoder.layers.{l}.", "self_attention_hyper_connection", "mlp_hyper_connection")
+_HYBRID = ("decoder.layers.{l}.", "hyper_connection", "hyper_connection")
 _ALPHAS = (".alpha_pre", ".alpha_post", ".alpha_res")
 _HEAD = ("decoder.hc_head_fn", "decoder.hc_head_scale", "decoder.hc_head_base")
-MEGATRON_MAIN = Layout(
-    *_MEGATRON, ".mapping_proj.weight", ".bias", _ALPHAS, _HEAD, True, "deepseek-v4", 1e-12
-)
-MEGATRON_DEV = Layout(
-    *_MEGATRON,
-    ".mapping_proj.weight",
-    ".bias",
-    _ALPHAS,
-    _HEAD,
-    False,
-    "paper",
-    1e-16,
-    ignored=(".norm.weight",),
-)
+_TENSORS = (".mapping_proj.weight", ".bias", _ALPHAS, _HEAD)
+MEGATRON_MAIN = Layout(*_MEGATRON, *_TENSORS, True, "deepseek-v4", 1e-12)
+MEGATRON_DEV = Layout(*_MEGATRON, *_TENSORS, False, "paper", 1e-16, ignored=(".norm.weight",))
+MEGATRON_HYBRID = Layout(*_HYBRID, *_TENSORS, True, "deepseek-v4", 1e-12, inner="inner_layer.")
 LAYOUTS = {
     "deepseek-v4": DEEPSEEK_V4,
     "transformers": TRANSFORMERS,
     "megatron-main": MEGATRON_MAIN,
     "megatron-dev": MEGATRON_DEV,
+    "megatron-hybrid": MEGATRON_HYBRID,
 }
+#: Megatron's symbols of a hybrid stack's layers that have a connection here -> its kind.
+HYBRID_KINDS = {"*": "attn", "-": "mlp", "E": "mlp"}
 
 
 def spelled(name: str) -> str:
@@ -137,12 +146,72 @@ def transposition(n: int) -> list[int]:
     return [*range(2 * n), *res]
 
 
-def tensor_names(layout: Layout, layers: int) -> list[str]:
+def is_hybrid(args: Namespace) -> bool:
+    """Whether the settings are those of a HybridModel."""
+    return getattr(args, "hybrid_layer_pattern", None) is not None
+
+
+def ours(args: Namespace) -> Layout:
+    """Our layout for a model: a hybrid stack's final norm has another name."""
+    if not is_hybrid(args):
+        return OURS
+    return dataclasses.replace(OURS, head=tuple(exit_names("decoder.final_norm.")))
+
+
+def exit_names(prefix: str) -> list[str]:
+    """phi, alpha and bias of a learned exit."""
+    return [f"{prefix}exit.{name}" for name in ("phi", "alpha", "bias")]
+
+
+def sublayers(args: Namespace) -> list[tuple[int, str]]:
+    """The sublayers of the decoder: layer and ``attn`` or ``mlp``.
+
+    Raises:
+        UserError: a hybrid stack with layers that have no connection here.
+    """
+    if not is_hybrid(args):
+        return [(layer, kind) for layer in range(args.num_layers) for kind in ("attn", "mlp")]
+    return list(enumerate(_kinds(args.hybrid_layer_pattern.split("/")[0])))
+
+
+def _kinds(pattern: str) -> list[str]:
+    symbols = pattern.replace("|", "")
+    for symbol in symbols:
+        if symbol not in HYBRID_KINDS:
+            raise UserError(
+                f"hybrid-layer-pattern: layers {symbol!r} have no hyper-connections here."
+            )
+    return [HYBRID_KINDS[symbol] for symbol in symbols]
+
+
+def prediction_sublayers(args: Namespace) -> list[list[tuple[str, str]]]:
+    """For each layer of multi-token prediction, what precedes its connections, and their kinds."""
+    count = getattr(args, "mtp_num_layers", None) or 0
+    if not is_hybrid(args):
+        names = [PREDICTION.format(m=depth) for depth in range(count)]
+        return [[(name, kind) for kind in ("attn", "mlp")] for name in names]
+    patterns = args.hybrid_layer_pattern.split("/")[1:]
+    return [
+        [
+            (f"{prediction_stack(args, depth)}layers.{layer}.", kind)
+            for layer, kind in enumerate(_kinds(pattern))
+        ]
+        for depth, pattern in enumerate(patterns)
+    ]
+
+
+def prediction_stack(args: Namespace, depth: int) -> str:
+    """What precedes the exit of a layer of multi-token prediction."""
+    if is_hybrid(args):
+        return f"mtp.layers.{depth}.mtp_model_layer."
+    return PREDICTION.format(m=depth)
+
+
+def tensor_names(layout: Layout, layers: list[tuple[int, str]]) -> list[str]:
     """Every tensor of a layout's connections, without the head's."""
     return [
-        layout.layer.format(l=layer) + module + suffix
-        for layer in range(layers)
-        for module in (layout.attn, layout.mlp)
+        layout.layer.format(l=layer) + layout.module(kind) + suffix
+        for layer, kind in layers
         for suffix in (layout.phi, *layout.alpha, layout.bias)
     ]
 
@@ -150,7 +219,10 @@ def tensor_names(layout: Layout, layers: int) -> list[str]:
 def connection_names(source) -> list[str]:
     """The tensors of our layout in a torch_dist checkpoint."""
     pattern = re.compile(r"(decoder|mtp)\.layers\.(.*\.)?(attn_hc|mlp_hc)\.(phi|alpha|bias)")
-    return [k for k in source.infos() if pattern.fullmatch(k) or k in EXIT]
+    return [k for k in source.infos() if pattern.fullmatch(k) or _EXITS.search(k)]
+
+
+_EXITS = re.compile(r"\.exit\.(phi|alpha|bias)$")
 
 
 @dataclass(frozen=True)
@@ -162,20 +234,19 @@ class Found:
 
 
 def check_layout(
-    where: str, found: dict[str, Found], layout: Layout, layers: int, hidden_size: int, n: int
+    where: str, found: dict[str, Found], layout: Layout, args: Namespace, n: int
 ) -> bool:
     """Every connection is complete and of the right shape; whether there is a learned exit.
 
     Raises:
         UserError: naming the tensor.
     """
-    K, width = n * n + 2 * n, n * hidden_size
+    K, width = n * n + 2 * n, n * args.hidden_size
     alpha = (3,) if len(layout.alpha) == 1 else (1,)
     shapes = {layout.phi: (K, width), layout.bias: (K,), **dict.fromkeys(layout.alpha, alpha)}
     wanted = {
-        layout.layer.format(l=layer) + module + suffix: shape
-        for layer in range(layers)
-        for module in (layout.attn, layout.mlp)
+        layout.layer.format(l=layer) + layout.module(kind) + suffix: shape
+        for layer, kind in sublayers(args)
         for suffix, shape in shapes.items()
     }
     head = dict(zip(layout.head, ((n, width), (1,), (n,)), strict=True))
@@ -186,7 +257,7 @@ def check_layout(
         if found[name].info.shape != shape:
             raise UserError(
                 f"{where}: {name} has shape {list(found[name].info.shape)}; "
-                f"n = {n} and C = {hidden_size} make it {list(shape)}."
+                f"n = {n} and C = {args.hidden_size} make it {list(shape)}."
             )
     return learned
 
@@ -203,25 +274,22 @@ class Target:
 
 
 def convert_layout(
-    found: dict[str, Found], source: Layout, target: Layout, layers: int, n: int, learned: bool
+    found: dict[str, Found], source: Layout, target: Layout, args: Namespace, n: int, learned: bool
 ) -> Iterator[Target]:
     """The connections of one layout in another."""
     turn = source.transposed != target.transposed
     order = {"order": transposition(n)}
-    for layer in range(layers):
-        for module, other in ((source.attn, target.attn), (source.mlp, target.mlp)):
-            prefix, name = source.layer.format(l=layer) + module, target.layer + other
-            for suffix, wanted in ((source.phi, target.phi), (source.bias, target.bias)):
-                at = found[prefix + suffix]
-                recipe = Recipe(
-                    "permute_rows" if turn else "copy", (at.region,), order if turn else {}
-                )
-                yield Target(name + wanted, layer, at.info.shape, recipe, at.info)
-            alphas = [found[prefix + suffix] for suffix in source.alpha]
-            yield from _alphas(name, layer, alphas, target)
+    for layer, kind in sublayers(args):
+        prefix = source.layer.format(l=layer) + source.module(kind)
+        name = target.layer + target.module(kind)
+        for suffix, wanted in ((source.phi, target.phi), (source.bias, target.bias)):
+            at = found[prefix + suffix]
+            recipe = Recipe("permute_rows" if turn else "copy", (at.region,), order if turn else {})
+            yield Target(name + wanted, layer, at.info.shape, recipe, at.info)
+        yield from _alphas(name, layer, [found[prefix + suffix] for suffix in source.alpha], target)
     if learned:
-        for ours, name in zip(source.head, target.head, strict=True):
-            at = found[ours]
+        for theirs, name in zip(source.head, target.head, strict=True):
+            at = found[theirs]
             yield Target(name, None, at.info.shape, Recipe("copy", (at.region,)), at.info)
 
 
@@ -262,7 +330,8 @@ def settings(layout: Layout, n: int, learned: bool, args: Namespace, **changes) 
             "variant": "mhc",
             "n": n,
             "exit": "learned" if learned else "mean",
-            "sinkhorn": layout.sinkhorn,
+            # Only versions with V4's arithmetic have a head.
+            "sinkhorn": "deepseek-v4" if learned else layout.sinkhorn,
             "norm_eps": layout.norm_eps,
             **changes,
         }

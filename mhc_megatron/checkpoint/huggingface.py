@@ -20,9 +20,19 @@ import torch
 import yaml
 
 from mhc_megatron.checkpoint import arguments, torch_dist
-from mhc_megatron.checkpoint.connections import EXIT, OURS
+from mhc_megatron.checkpoint.connections import OURS
 from mhc_megatron.checkpoint.convert import Plan
-from mhc_megatron.checkpoint.names import EXTRA_STATES, FAMILIES, IGNORED, Rule
+from mhc_megatron.checkpoint.names import (
+    DECODER,
+    EXTRA_STATES,
+    FAMILIES,
+    IGNORED,
+    MTP,
+    MTP_COPIES,
+    MTP_SIGN,
+    PREDICTION,
+    Rule,
+)
 from mhc_megatron.checkpoint.recipes import FP8_BLOCK, Output, Recipe, Region, TensorInfo
 from mhc_megatron.checkpoint.safetensors_io import SafetensorsSource
 from mhc_megatron.checkpoint.torch_dist import TorchDistSource, archive
@@ -70,28 +80,36 @@ class Piece:
 
 
 def pieces(args: Namespace, vocab: int) -> list[Piece]:
-    """Every tensor of a model, in Megatron's order."""
-    words = arguments.dimensions(args, vocab)
+    """Every tensor of a model, in Megatron's order; the layers of multi-token prediction last."""
+    words, count = arguments.dimensions(args, vocab), arguments.predictions(args)
     moe, found = arguments.moe_layers(args), []
+    moe += moe[-1:] * count
     rules = FAMILIES[arguments.family_of(args)]
-    for layer in [None, *range(args.num_layers)]:
-        for rule in rules:
-            if ("{l}" in rule.megatron) != (layer is not None):
+    for layer in [None, *range(args.num_layers + count)]:
+        predicts = layer is not None and layer >= args.num_layers
+        for rule in rules + MTP if predicts else rules:
+            if ("{" in rule.megatron) != (layer is not None):
                 continue
             kind = None if layer is None else "moe" if moe[layer] else "dense"
             if rule.layers not in ("all", kind) or (rule.when and not words.get(rule.when)):
                 continue
             experts = range(words["experts"]) if "{e}" in rule.megatron else [None]
-            found += [_piece(rule, layer, expert, words) for expert in experts]
+            depth = layer - args.num_layers if predicts else None
+            found += [_piece(rule, layer, depth, expert, words) for expert in experts]
     return found
 
 
-def _piece(rule: Rule, layer: int | None, expert: int | None, words: dict[str, Any]) -> Piece:
-    at = {"l": layer, "e": expert}
+def _piece(
+    rule: Rule, layer: int | None, depth: int | None, expert: int | None, words: dict[str, Any]
+) -> Piece:
+    at = {"l": layer, "m": depth, "e": expert}
     hf = tuple(
         (name.format(**at), tuple(words[word] for word in shape.split())) for name, shape in rule.hf
     )
-    return Piece(rule, rule.megatron.format(**at), rule.local.format(**at), hf, layer, expert)
+    names = [rule.megatron, rule.local]
+    if depth is not None:
+        names = [name.replace(DECODER, PREDICTION) for name in names]
+    return Piece(rule, *(name.format(**at) for name in names), hf, layer, expert)
 
 
 # ---------------------------------------------------------------------------------------- import
@@ -116,9 +134,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def import_plan(
-    path: Path, *, dtype: torch.dtype | None = None, transformer_impl: str = "local"
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    transformer_impl: str = "local",
+    drop_mtp: bool = False,
 ) -> Plan:
-    """The plan of ``import-hf``.
+    """The plan of ``import-hf``; ``drop_mtp`` leaves out the layers of multi-token prediction.
 
     Raises:
         UserError: unsupported settings; tensors that are unknown, missing or of a wrong shape.
@@ -126,10 +148,13 @@ def import_plan(
     config = read_config(path)
     if config.get("mhc") is not None:
         raise UserError(f"{path} is an mHC model that export-hf wrote; it is not a residual model.")
-    values = arguments.megatron_values(config)
+    values, source = arguments.megatron_values(config), SafetensorsSource(path)
+    count = 0 if drop_mtp else predictions_in(source, config)
+    if count:
+        values["mtp-num-layers"] = count
     args = arguments.namespace(values)
     args.transformer_impl = transformer_impl
-    source = SafetensorsSource(path)
+    check_copies(source, config, count)
     plan_pieces = pieces(args, config["vocab_size"])
     check_names(source, plan_pieces, config)
     infos, groups = source.infos(), arguments.dimensions(args, config["vocab_size"])["groups"]
@@ -162,7 +187,11 @@ def check_names(source: SafetensorsSource, wanted: list[Piece], config: dict[str
     infos = source.infos()
     shapes = {name: shape for piece in wanted for name, shape in piece.hf}
     missing = [name for name in shapes if name not in infos]
-    unknown = [name for name in infos if name not in shapes and not _ignored(name, config, infos)]
+    unknown = [
+        name
+        for name in infos
+        if name not in shapes and not _ignored(name, config, infos) and not _predicts(name, config)
+    ]
     if missing or unknown:
         raise UserError(name_errors(str(source.path), missing, unknown, list(shapes)))
     for name, shape in shapes.items():
@@ -203,11 +232,70 @@ def _ignored(name: str, config: dict[str, Any], infos: dict[str, TensorInfo]) ->
         return True
     if name.endswith(SCALE):
         return name.removesuffix(SCALE) in infos
+    return False
+
+
+def _predicts(name: str, config: dict[str, Any]) -> bool:
+    """Whether a tensor is of a multi-token prediction layer that is left out, or a copy in one."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     extra = config.get("num_nextn_predict_layers") or 0
-    return bool(
-        layer and 0 <= int(layer[1]) - config["num_hidden_layers"] < extra
-    )  # multi-token prediction: not part of the model that is trained on
+    return bool(layer and 0 <= int(layer[1]) - config["num_hidden_layers"] < extra)
+
+
+def predictions_in(source: SafetensorsSource, config: dict[str, Any]) -> int:
+    """How many multi-token prediction layers a folder holds.
+
+    transformers' own classes leave them out when they save a model, whatever its config says.
+
+    Raises:
+        UserError: more than the config names, or some and not all.
+    """
+    layers, infos = config["num_hidden_layers"], source.infos()
+    named = config.get("num_nextn_predict_layers") or 0
+    signs = [MTP_SIGN.format(l=layers + k) in infos for k in range(named)]
+    some = [name for name in infos if _predicts(name, config)]
+    if some and not all(signs):
+        lost = MTP_SIGN.format(l=layers + signs.index(False))
+        raise UserError(
+            f"{source.path}: {lost} is missing; --drop-mtp leaves the layers of multi-token "
+            "prediction out."
+        )
+    return named if some else 0
+
+
+def check_copies(source: SafetensorsSource, config: dict[str, Any], count: int) -> None:
+    """The embeddings and heads that a folder repeats are the model's, bit for bit.
+
+    Megatron's layers of multi-token prediction share them.
+
+    Raises:
+        UserError: naming one that differs.
+    """
+    infos, layers = source.infos(), config["num_hidden_layers"]
+    for layer in range(layers, layers + count):
+        for name, original in MTP_COPIES.items():
+            name = name.format(l=layer)
+            if original not in infos:
+                original = "model.embed_tokens.weight"  # tied
+            if name in infos and not _same_rows(source, name, original):
+                raise UserError(
+                    f"{source.path}: {name} is not {original}; Megatron shares it between the "
+                    "model and its layers of multi-token prediction (--drop-mtp leaves them out)."
+                )
+
+
+def _same_rows(source: SafetensorsSource, name: str, other: str, rows: int = 4096) -> bool:
+    """Whether two tensors hold the same bits, read some rows at a time."""
+    infos = source.infos()
+    if name == other or infos.get(other) != infos[name]:
+        return name == other
+    shape = infos[name].shape
+    for start in range(0, shape[0], rows):
+        box = (start, 0), (min(rows, shape[0] - start), *shape[1:])
+        a, b = (source.read(Region(key, *box)) for key in (name, other))
+        if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+            return False
+    return True
 
 
 def _imported(
@@ -250,9 +338,11 @@ def extra_states(plan_pieces: list[Piece], args: Namespace) -> dict[str, bytes]:
                 name = name.replace(f"local_experts.{piece.expert}.", "experts.")
                 shard = f"shard_{piece.expert}_{args.num_experts}"
             states[f"{name}/{shard}"] = empty
-    for layer in range(args.num_layers):
-        for name in EXTRA_STATES:
-            states[f"{name.format(l=layer)}._extra_state/shard_0_1"] = empty
+    for name in EXTRA_STATES:
+        names = [name.format(l=layer) for layer in range(args.num_layers)]
+        for depth in range(arguments.predictions(args)):
+            names.append(name.replace(DECODER, PREDICTION).format(m=depth))
+        states |= {f"{module}._extra_state/shard_0_1": empty for module in names}
     return states
 
 
@@ -291,8 +381,9 @@ def export_plan(
     dtype: torch.dtype | None = None,
     hf_config: Path | None = None,
     vocab_size: int | None = None,
+    drop_mtp: bool = False,
 ) -> Plan:
-    """The plan of ``export-hf``.
+    """The plan of ``export-hf``; ``drop_mtp`` leaves out the layers of multi-token prediction.
 
     An mHC model takes its modeling file along: ``AutoModelForCausalLM.from_pretrained`` loads the
     folder with ``trust_remote_code=True``.
@@ -305,7 +396,10 @@ def export_plan(
     texts = model_texts(path, source.path, hf_config)
     base = json.loads(texts["config.json"]) if "config.json" in texts else None
     vocab = exported_vocab(source, vocab_size, base)
+    check_predictions(args, drop_mtp)
     outputs, left = export_outputs(source, args, vocab, dtype)
+    if drop_mtp:
+        left = [name for name in left if not name.startswith("mtp.")]
     config = arguments.hf_config(args, vocab, base)
     mhc = MHCConfig.from_mapping(getattr(args, "mhc", None) or {"variant": "none"})
     if mhc.enabled:
@@ -323,6 +417,22 @@ def export_plan(
         }
     texts["config.json"] = json.dumps(config, indent=2) + "\n"
     return Plan("safetensors", [source.path], outputs, texts=texts)
+
+
+def check_predictions(args: Namespace, drop_mtp: bool) -> None:
+    """Layers of multi-token prediction have a place in DeepSeek-V3's folders only.
+
+    Raises:
+        UserError: another family has some.
+    """
+    if drop_mtp:
+        args.mtp_num_layers = None
+    family = arguments.family_of(args)
+    if arguments.predictions(args) and family != "deepseek_v3":
+        raise UserError(
+            f"layers of multi-token prediction have no place in a {family} model; leave them out "
+            "with --drop-mtp."
+        )
 
 
 def model_texts(path: Path, folder: Path, given: Path | None) -> dict[str, str]:
@@ -369,26 +479,43 @@ def export_outputs(
     outputs = []
     for piece in wanted:
         outputs += _exported(piece, *found[piece.megatron], words, dtype)
-    return outputs, list(modules)
+    return [*outputs, *_copies(outputs, args)], list(modules)
+
+
+def _copies(outputs: list[Output], args: Namespace) -> Iterator[Output]:
+    """The embedding and the head once more for each layer of multi-token prediction."""
+    made = {output.key: output for output in outputs}
+    for layer in range(args.num_layers, args.num_layers + arguments.predictions(args)):
+        for name, original in MTP_COPIES.items():
+            output = made.get(original) or made["model.embed_tokens.weight"]
+            yield dataclasses.replace(output, key=name.format(l=layer))
 
 
 def connection_outputs(source: TorchDistSource, mhc: MHCConfig, left: list[str]) -> list[Output]:
     """The connections under the modeling file's names; they are taken out of ``left``."""
-    modules, outputs = source.modules(), []
-    width = mhc.n * source.args.hidden_size
-    exit_shapes = dict(zip(EXIT, ((mhc.n, width), (1,), (mhc.n,)), strict=True))
+    modules, outputs, args = source.modules(), [], source.args
+    width = mhc.n * args.hidden_size
     shapes = {OURS.phi: (mhc.K, width), OURS.alpha[0]: (mhc.alphas,), OURS.bias: (mhc.K,)}
+    exit_shapes = {".phi": (mhc.n, width), ".alpha": (1,), ".bias": (mhc.n,)}
+    layers, count = args.num_layers, arguments.predictions(args)
+    before = {DECODER.format(l=layer): f"model.layers.{layer}." for layer in range(layers)}
+    heads = {"decoder.final_layernorm.exit": "model.exit"}
+    for depth in range(count):
+        ours = PREDICTION.format(m=depth)
+        before[ours] = f"model.layers.{layers + depth}."
+        heads[f"{ours}exit"] = f"{before[ours]}exit"
     names = {
-        OURS.layer.format(l=layer) + module + suffix: (
-            f"model.layers.{layer}.{module}{suffix}",
-            shape,
-        )
-        for layer in range(source.args.num_layers)
+        ours + module + suffix: (theirs + module + suffix, shape)
+        for ours, theirs in before.items()
         for module in (OURS.attn, OURS.mlp)
         for suffix, shape in shapes.items()
     }
     if mhc.exit == "learned":
-        names |= {n: (f"model.exit.{n.rpartition('.')[2]}", s) for n, s in exit_shapes.items()}
+        names |= {
+            ours + suffix: (theirs + suffix, shape)
+            for ours, theirs in heads.items()
+            for suffix, shape in exit_shapes.items()
+        }
     for name, (hf, shape) in names.items():
         if name not in left:
             raise UserError(

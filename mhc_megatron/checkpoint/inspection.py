@@ -15,7 +15,15 @@ from torch import Tensor
 
 from mhc_kernels import reference
 from mhc_megatron.checkpoint import torch_dist
-from mhc_megatron.checkpoint.connections import EXIT, LAYOUTS, OURS
+from mhc_megatron.checkpoint.connections import (
+    LAYOUTS,
+    OURS,
+    exit_names,
+    ours,
+    prediction_stack,
+    prediction_sublayers,
+    sublayers,
+)
 from mhc_megatron.checkpoint.convert import CHECKSUMS, checksum_text, file_sha256, open_source
 from mhc_megatron.checkpoint.layouts import found_in
 from mhc_megatron.checkpoint.recipes import Region, Source, TensorInfo
@@ -23,6 +31,10 @@ from mhc_megatron.checkpoint.torch_dist import TorchDistSource
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
 
+#: Two layouts whose names are the same.
+BOTH = "megatron-main or megatron-dev"
+#: What ``layout_of`` says of connections in another layout than ours.
+LAYOUT_NAMES = {*LAYOUTS, BOTH}
 #: Elements that are looked at together.
 BLOCK = 1 << 24
 
@@ -60,8 +72,9 @@ def layout_of(source: Source) -> str:
     names = set(source.infos())
     modules = set(found_in(source)) if isinstance(source, TorchDistSource) else names
     for name, layout in {"mhc": OURS, **LAYOUTS}.items():
-        if layout.layer.format(l=0) + layout.attn + layout.phi in modules:
-            return "megatron-main or megatron-dev" if name.startswith("megatron") else name
+        firsts = {layout.layer.format(l=0) + layout.module(k) + layout.phi for k in ("attn", "mlp")}
+        if firsts & modules:
+            return BOTH if name in ("megatron-main", "megatron-dev") else name
     return "residual"
 
 
@@ -71,26 +84,25 @@ def connection_statistics(source: TorchDistSource) -> list[dict[str, Any]]:
     With v phi = 0 the coefficients are those of the bias: ``gain`` is the largest |row sum| of
     H_res (forward) and ``gain_backward`` the largest |column sum|; ``from identity`` is
     ||H_res - I||_F over ||I||_F. ``composite`` gains are those of the product so far. ``phi`` is
-    its root mean square.
+    its root mean square. Empty for residual models and other layouts.
     """
     mhc = MHCConfig.from_mapping(getattr(source.args, "mhc", None) or {"variant": "none"})
-    if not mhc.enabled:
+    if not mhc.enabled or layout_of(source) in LAYOUT_NAMES:
         return []
     found, records = found_in(source), []
     product = torch.eye(mhc.n, dtype=torch.float64)
-    for layer in range(source.args.num_layers):
-        for module in (OURS.attn, OURS.mlp):
-            prefix = OURS.layer.format(l=layer) + module
-            if prefix + OURS.phi not in found:
-                raise UserError(f"{source.path}: {prefix}{OURS.phi} is missing.")
-            phi, alpha, bias = (
-                _read(source, found[prefix + suffix].region).double()
-                for suffix in (OURS.phi, OURS.alpha[0], OURS.bias)
-            )
-            H_pre, H_post, H_res = static_coefficients(bias, alpha, mhc)
-            product = H_res @ product
-            records.append(_statistics(f"{layer}.{module[:-3]}", phi, alpha, H_pre, H_post, H_res))
-            records[-1]["composite"] = _gains(product)
+    for layer, kind in sublayers(source.args):
+        prefix = OURS.layer.format(l=layer) + OURS.module(kind)
+        if prefix + OURS.phi not in found:
+            raise UserError(f"{source.path}: {prefix}{OURS.phi} is missing.")
+        phi, alpha, bias = (
+            _read(source, found[prefix + suffix].region).double()
+            for suffix in (OURS.phi, OURS.alpha[0], OURS.bias)
+        )
+        H_pre, H_post, H_res = static_coefficients(bias, alpha, mhc)
+        product = H_res @ product
+        records.append(_statistics(f"{layer}.{kind}", phi, alpha, H_pre, H_post, H_res))
+        records[-1]["composite"] = _gains(product)
     return records
 
 
@@ -313,14 +325,26 @@ def _check_layers(source: TorchDistSource) -> None:
     mhc = MHCConfig.from_mapping(getattr(source.args, "mhc", None) or {"variant": "none"})
     if not mhc.enabled:
         return
-    for layer in range(layers):
-        for module in (OURS.attn, OURS.mlp):
-            for suffix in (OURS.phi, *OURS.alpha, OURS.bias):
-                name = OURS.layer.format(l=layer) + module + suffix
-                if name not in modules and layout_of(source) == "mhc":
-                    raise UserError(f"{source.path}: {name} is missing.")
-    if mhc.exit == "learned" and EXIT[0] not in modules and layout_of(source) == "mhc":
-        raise UserError(f"{source.path}: {EXIT[0]} is missing.")
+    if layout_of(source) != "mhc":
+        return
+    for name in connection_tensors(source.args, mhc):
+        if name not in modules:
+            raise UserError(f"{source.path}: {name} is missing.")
+
+
+def connection_tensors(args: Any, mhc: MHCConfig) -> list[str]:
+    """The tensors that hyper-connections add to a model, in our layout."""
+    before = [(OURS.layer.format(l=layer), kind) for layer, kind in sublayers(args)]
+    predictions = prediction_sublayers(args)
+    for prediction in predictions:
+        before += prediction
+    suffixes = (OURS.phi, *OURS.alpha, OURS.bias)
+    names = [prefix + OURS.module(kind) + suffix for prefix, kind in before for suffix in suffixes]
+    if mhc.exit == "learned":
+        names += ours(args).head
+        for depth in range(len(predictions)):
+            names += exit_names(prediction_stack(args, depth))
+    return names
 
 
 def verify_checksums(folder: Path) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,13 @@ from mhc_megatron.checkpoint.connections import (
     check_layout,
     connection_names,
     convert_layout,
+    is_hybrid,
+    ours,
     output_of,
     settings,
     spelled,
     streams_of,
+    sublayers,
     tensor_names,
 )
 from mhc_megatron.checkpoint.convert import Plan
@@ -59,15 +65,17 @@ def found_in(source: TorchDistSource, prefix: str = "", number: str = "") -> dic
 def export_deepseek_plan(path: Path, names: str = "deepseek-v4") -> Plan:
     """Connections of an mHC checkpoint -> safetensors in DeepSeek-V4's layout.
 
-    A mean exit becomes the head that computes the mean: V4 always has a head.
+    A mean exit becomes the head that computes the mean: V4 always has a head. Connections within
+    layers of multi-token prediction stay behind: V4's carry n streams into theirs.
     """
     source, mhc = mhc_source(path)
     layout, args = LAYOUTS[names], source.args
     found = found_in(source)
-    learned = check_layout(str(source.path), found, OURS, args.num_layers, args.hidden_size, mhc.n)
+    _refuse_hybrid(source)
+    learned = check_layout(str(source.path), found, OURS, args, mhc.n)
     outputs = [
         output_of(target, target.name.format(l=target.layer))
-        for target in convert_layout(found, OURS, layout, args.num_layers, mhc.n, learned)
+        for target in convert_layout(found, OURS, layout, args, mhc.n, learned)
     ]
     if not learned:
         n, width = mhc.n, mhc.n * args.hidden_size
@@ -90,6 +98,11 @@ def export_deepseek_plan(path: Path, names: str = "deepseek-v4") -> Plan:
     return Plan(
         "safetensors", [source.path], outputs, texts={"config.json": json.dumps(config, indent=2)}
     )
+
+
+def _refuse_hybrid(source: TorchDistSource) -> None:
+    if is_hybrid(source.args):
+        raise UserError(f"{source.path} is a hybrid model; DeepSeek-V4's layout has none.")
 
 
 def mhc_source(path: Path) -> tuple[TorchDistSource, MHCConfig]:
@@ -115,6 +128,8 @@ def import_deepseek_plan(path: Path, base: Path) -> Plan:
     """
     given, source = SafetensorsSource(path), TorchDistSource(base)
     args = source.args
+    _refuse_hybrid(source)
+    _refuse_predictions(source)
     layout = LAYOUTS["deepseek-v4"]
     infos = {spelled(name): info for name, info in given.infos().items()}
     places = {spelled(name): name for name in given.infos()}
@@ -125,19 +140,19 @@ def import_deepseek_plan(path: Path, base: Path) -> Plan:
     if phi is None:
         raise UserError(f"{path}: {_first(layout)} is missing.")
     n = streams_of(str(path), phi, args.hidden_size)
-    deeper = [k for k in tensor_names(layout, args.num_layers + 1) if k in infos][
-        6 * args.num_layers :
-    ]
-    if deeper:
-        raise UserError(name_errors(str(path), [], deeper, tensor_names(layout, args.num_layers)))
-    learned = check_layout(str(path), found, layout, args.num_layers, args.hidden_size, n)
+    known = tensor_names(layout, sublayers(args))
+    deeper = [(args.num_layers, kind) for kind in ("attn", "mlp")]
+    unknown = [name for name in tensor_names(layout, deeper) if name in infos]
+    if unknown:
+        raise UserError(name_errors(str(path), [], unknown, known))
+    learned = check_layout(str(path), found, layout, args, n)
     stacked, layers = stacked_layers(source) > 0, args.num_layers
     outputs = [
         _renumbered(output, "1:")
         for output in mirror(source, skip="optimizer.")
         if not _is_hc(output.key)
     ]
-    for target in convert_layout(found, layout, OURS, layers, n, learned):
+    for target in convert_layout(found, layout, OURS, args, n, learned):
         outputs.append(_placed(target, layers, stacked, torch.float32))
     mhc = settings(layout, n, learned, args, **_v4_config(Path(path)))
     plan = torch_dist_plan(source, outputs, mhc, release=True)
@@ -145,8 +160,8 @@ def import_deepseek_plan(path: Path, base: Path) -> Plan:
     return plan
 
 
-def _first(layout: Layout) -> str:
-    return layout.layer.format(l=0) + layout.attn + layout.phi
+def _first(layout: Layout, kind: str = "attn") -> str:
+    return layout.layer.format(l=0) + layout.module(kind) + layout.phi
 
 
 def _v4_config(path: Path) -> dict:
@@ -165,8 +180,6 @@ def _is_hc(key: str) -> bool:
 
 
 def _renumbered(output: Output, number: str) -> Output:
-    import dataclasses
-
     regions = tuple(dataclasses.replace(r, key=number + r.key) for r in output.recipe.inputs)
     return dataclasses.replace(output, recipe=dataclasses.replace(output.recipe, inputs=regions))
 
@@ -182,44 +195,128 @@ def _placed(target, layers: int, stacked: bool, dtype=None, prefix: str = "") ->
 # ---------------------------------------------------------------------------------- Megatron-LM's
 
 
-def megatron_plan(path: Path, layout_name: str, *, export: bool) -> Plan:
-    """A torch_dist checkpoint with the connections renamed, optimizer state included."""
-    layout = LAYOUTS[layout_name]
-    from_, to = (OURS, layout) if export else (layout, OURS)
+def megatron_plan(path: Path, branch: str, *, export: bool) -> Plan:
+    """A torch_dist checkpoint with the connections renamed, optimizer state included.
+
+    ``branch`` is ``main`` or ``dev`` (``connections``); a hybrid model has names of its own.
+    """
     source = mhc_source(path)[0] if export else TorchDistSource(path)
-    args, names = source.args, _hc_pattern(from_)
+    args = source.args
+    layout = megatron_layout(source, branch)
+    from_, to = (ours(args), layout) if export else (layout, ours(args))
     found = found_in(source)
-    first = found.get(_first(from_))
+    first = found.get(_first(from_, sublayers(args)[0][1]))
     if first is None:
         raise UserError(
-            f"{source.path} has no tensors in the layout {layout_name} ({_first(from_)})."
+            f"{source.path} has no tensors in the layout megatron-{branch} "
+            f"({_first(from_, sublayers(args)[0][1])})."
         )
+    _refuse_predictions(source)
+    _refuse_variants(source)
     n = streams_of(str(source.path), first.info, args.hidden_size)
-    learned = check_layout(str(source.path), found, from_, args.num_layers, args.hidden_size, n)
-    if export and layout_name == "megatron-dev" and learned:
+    learned = check_layout(str(source.path), found, from_, args, n)
+    if export and branch == "dev" and learned:
         raise UserError(
             "megatron-dev leaves the streams by their mean; a learned exit has no place in it."
         )
+    check_rest(source, found, from_)
     stacked, layers = stacked_layers(source) > 0, args.num_layers
-    outputs = [output for output in mirror(source) if not names(output.key)]
+    names, move = _hc_pattern(from_), _mover(from_, to)
+    outputs = [
+        dataclasses.replace(output, key=move(output.key))
+        for output in mirror(source)
+        if not names(output.key)
+    ]
     for prefix in ["", *optimizer_prefixes(source)]:
         there = found_in(source, prefix)
-        for target in convert_layout(there, from_, to, layers, n, learned):
+        for target in convert_layout(there, from_, to, args, n, learned):
             outputs.append(_placed(target, layers, stacked, None, prefix))
     if export:
         mhc = mhc_source(path)[1]
         for name, value in megatron_settings(mhc).items():
             setattr(args, name, value)
-        return torch_dist_plan(source, outputs, groups=drop_groups)
+        return torch_dist_plan(source, outputs, groups=drop_groups, rename=move)
     mhc = settings(layout, n, learned, args, **_iterations(args))
-    return torch_dist_plan(source, outputs, mhc, groups=lambda state: add_groups(state, mhc))
+    return torch_dist_plan(
+        source, outputs, mhc, groups=lambda state: add_groups(state, mhc), rename=move
+    )
+
+
+def megatron_layout(source: TorchDistSource, branch: str) -> Layout:
+    """The names of a branch of Megatron-LM for this model.
+
+    Raises:
+        UserError: a hybrid model of a branch that has none.
+    """
+    if not is_hybrid(source.args):
+        return LAYOUTS[f"megatron-{branch}"]
+    if branch != "main":
+        raise UserError(f"{source.path} is a hybrid model; give --layout main.")
+    return LAYOUTS["megatron-hybrid"]
+
+
+def _mover(from_: Layout, to: Layout) -> Callable[[str], str]:
+    """Names of a hybrid stack's own tensors: with ``inner_layer`` there, without it here."""
+
+    def move(key: str) -> str:
+        match = re.search(r"(?:^|\.)decoder\.layers\.\d+\.", key)
+        if from_.inner == to.inner or match is None:
+            return key
+        head, tail = key[: match.end()], key[match.end() :]
+        return head + to.inner + tail.removeprefix(from_.inner)
+
+    return move
+
+
+def _refuse_predictions(source: TorchDistSource) -> None:
+    """Layers of multi-token prediction carry n streams elsewhere, and have other projections.
+
+    Raises:
+        UserError: there are some.
+    """
+    if any(key.startswith("mtp.") for key in source.infos()):
+        raise UserError(
+            f"{source.path} has layers of multi-token prediction; with hyper-connections they have "
+            "no counterpart in other implementations (e_proj and h_proj for each stream)."
+        )
+
+
+#: Settings of Megatron-LM that make its connections others, with the values that do not.
+_VARIANTS: dict[str, tuple[Any, ...]] = {
+    "mhc_single_pass": (None, False),
+    "mhc_connection_variant": (None, "mhc"),
+    "mhc_variant": (None, "mhc"),
+}
+
+
+def _refuse_variants(source: TorchDistSource) -> None:
+    for name, known in _VARIANTS.items():
+        value = getattr(source.args, name, None)
+        if value not in known:
+            raise UserError(f"{source.path}: {name}: {value} has no counterpart here.")
+
+
+def check_rest(source: TorchDistSource, found: dict[str, Found], layout: Layout) -> None:
+    """Nothing else is in a connection: it would be lost without a word.
+
+    Raises:
+        UserError: naming the tensors.
+    """
+    known = tensor_names(layout, sublayers(source.args))
+    inside = [name for name in found if _hc_pattern(layout)(name)]
+    unknown = set(inside) - set(known) - set(layout.head)
+    unknown = sorted(name for name in unknown if not name.endswith(layout.ignored or ("\0",)))
+    if unknown:
+        raise UserError(name_errors(str(source.path), [], unknown, known))
 
 
 def megatron_settings(mhc: MHCConfig) -> dict[str, Any]:
     """The arguments of Megatron-LM's branches that go with their layout."""
     return {
         "enable_hyper_connections": True,
+        "enable_mhc_connections": True,  # its later name
         "num_residual_streams": mhc.n,
+        "mhc_num_residual_streams": mhc.n,
         "mhc_sinkhorn_iterations": mhc.sinkhorn_iterations,
         "mhc_init_gating_factor": mhc.alpha,
     }

@@ -151,7 +151,12 @@ class HyperConnectedLayer:
 
 
 def connect(model: nn.Module, config) -> None:
-    """Give every layer of a base model its two connections, and the model its exit."""
+    """Give every layer of a base model its two connections, and the model its exit.
+
+    Layers of multi-token prediction, which follow the model's in a folder, are not loaded.
+    """
+    extra = range(config.num_hidden_layers, config.num_hidden_layers + predictions(config))
+    model._keys_to_ignore_on_load_unexpected = {rf"model\.layers\.{layer}\." for layer in extra}
     mhc, C = config.mhc, config.hidden_size
     for layer in model.model.layers:
         base = type(layer)
@@ -159,6 +164,11 @@ def connect(model: nn.Module, config) -> None:
         layer.attn_hc, layer.mlp_hc = HyperConnection(mhc, C), HyperConnection(mhc, C)
     model.model.exit = Exit(mhc, C)
     model.model.norm.register_forward_pre_hook(lambda norm, x: (model.model.exit(x[0]), *x[1:]))
+
+
+def predictions(config) -> int:
+    """The number of layers of multi-token prediction that a folder holds."""
+    return getattr(config, "num_nextn_predict_layers", None) or 0
 
 
 #: Parameters that stay float32 when the model is loaded in another dtype.

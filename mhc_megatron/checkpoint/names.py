@@ -1,7 +1,8 @@
 """Tensor names: Hugging Face's and Megatron's, as tables.
 
 A ``Rule`` is one Megatron tensor and what it is made of. ``{l}`` is the layer's number, ``{e}`` the
-expert's. Shapes are in the words of ``arguments.dimensions``: ``"q hidden"`` is [q, hidden].
+expert's, ``{m}`` that of a layer of multi-token prediction. Shapes are in the words of
+``arguments.dimensions``: ``"q hidden"`` is [q, hidden].
 
 Megatron's names are those of ``torch_dist.TorchDistSource.modules``. Two differ between its layer
 specs (models/gpt/gpt_layer_specs.py): a norm that Transformer Engine fuses into the linear after it
@@ -38,7 +39,9 @@ class Rule:
     linear: bool = False
 
 
-_M, _H = "decoder.layers.{l}.", "model.layers.{l}."
+#: A layer of the model.
+DECODER = "decoder.layers.{l}."
+_M, _H = DECODER, "model.layers.{l}."
 _ATTN, _EXPERT = _M + "self_attention.", "mlp.experts.{e}."
 
 MODEL = (
@@ -93,27 +96,18 @@ ATTENTION = (
 LATENT_ATTENTION = (
     Rule(_M + "input_layernorm.weight", ((_H + "input_layernorm.weight", "hidden"),)),
     Rule(
-        _ATTN + "linear_q_proj.weight",
-        ((_H + "self_attn.q_proj.weight", "q hidden"),),
-        when="q_direct",
-        linear=True,
-    ),
-    Rule(
         _ATTN + "linear_q_down_proj.weight",
         ((_H + "self_attn.q_a_proj.weight", "q_lora hidden"),),
-        when="q_lora",
         linear=True,
     ),
     Rule(
         _ATTN + "linear_q_up_proj.layer_norm_weight",
         ((_H + "self_attn.q_a_layernorm.weight", "q_lora"),),
-        when="q_lora",
         local=_ATTN + "q_layernorm.weight",
     ),
     Rule(
         _ATTN + "linear_q_up_proj.weight",
         ((_H + "self_attn.q_b_proj.weight", "q q_lora"),),
-        when="q_lora",
         linear=True,
     ),
     Rule(
@@ -190,6 +184,26 @@ MOE = (
     *_gated("mlp.experts.local_experts.{e}.", _EXPERT, "expert_ffn", "moe"),
     *_gated("mlp.shared_experts.", "mlp.shared_experts.", "shared_ffn", "moe", when="shared"),
 )
+
+#: A multi-token prediction layer besides its transformer layer. ``{m}`` is its number; in
+#: DeepSeek-V3's folders it is layer ``{l}`` = num_hidden_layers + m, with the tensors of an
+#: ordinary last layer. Megatron stores that one under ``PREDICTION``
+#: (transformer/multi_token_prediction.py:1551, ``sharded_state_dict``).
+_P = "mtp.layers.{m}."
+PREDICTION = _P + "transformer_layer."
+MTP = (
+    Rule(_P + "enorm.weight", ((_H + "enorm.weight", "hidden"),)),
+    Rule(_P + "hnorm.weight", ((_H + "hnorm.weight", "hidden"),)),
+    Rule(_P + "eh_proj.weight", ((_H + "eh_proj.weight", "hidden two_hidden"),), linear=True),
+    Rule(_P + "final_layernorm.weight", ((_H + "shared_head.norm.weight", "hidden"),)),
+)
+#: DeepSeek-V3's folders repeat the embedding and the head in each: here -> what they repeat.
+MTP_COPIES = {
+    _H + "embed_tokens.weight": "model.embed_tokens.weight",
+    _H + "shared_head.head.weight": "lm_head.weight",
+}
+#: What tells how many there are.
+MTP_SIGN = _H + "eh_proj.weight"
 
 #: ``model_type`` of a Hugging Face config -> the tables of its tensors.
 FAMILIES: dict[str, tuple[Rule, ...]] = {

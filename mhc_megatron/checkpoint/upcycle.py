@@ -13,6 +13,8 @@ stream l mod n and 1 / (2 (n - 1)) from each other one, and leans H_res towards 
 H_post, and with it the streams, part at the first step. ``none`` is the symmetric point
 (H_pre = 1/n: b_pre = -ln(n - 1), -ln 3 for n = 4; H_res = 1/n throughout).
 
+A layer of multi-token prediction is a stack of its own: n equal streams enter and leave within it.
+
 Optimizer state: the moments of every old parameter go along; the new ones start with zero moments
 at the old step count, which makes their first updates small (Adam's bias correction is over:
 (1 - beta1) / sqrt(1 - beta2) of the learning rate at most).
@@ -31,7 +33,15 @@ import torch
 import yaml
 
 from mhc_megatron.checkpoint import torch_dist
-from mhc_megatron.checkpoint.connections import EXIT, OURS, connection_names
+from mhc_megatron.checkpoint.connections import (
+    OURS,
+    connection_names,
+    exit_names,
+    ours,
+    prediction_stack,
+    prediction_sublayers,
+    sublayers,
+)
 from mhc_megatron.checkpoint.convert import Plan
 from mhc_megatron.checkpoint.recipes import Output, Recipe, Region
 from mhc_megatron.checkpoint.torch_dist import TorchDistSource, archive, place
@@ -92,8 +102,6 @@ def _check(source: TorchDistSource, args: Namespace, mhc: MHCConfig) -> None:
         raise UserError("upcycle needs an mHC variant with n > 1 (variant, n).")
     if not hasattr(args, "num_layers") or not hasattr(args, "hidden_size"):
         raise UserError(f"{source.path} does not hold the settings of its model (args).")
-    if any(key.startswith("mtp.") for key in source.tensors):
-        raise UserError("upcycle does not take models with multi-token prediction layers.")
     if getattr(args, "apply_residual_connection_post_layernorm", False):
         raise UserError(
             "upcycle takes pre-norm models (no apply-residual-connection-post-layernorm)."
@@ -102,7 +110,8 @@ def _check(source: TorchDistSource, args: Namespace, mhc: MHCConfig) -> None:
 
 def optimizer_prefixes(source: TorchDistSource) -> list[str]:
     """``optimizer.state.exp_avg.`` and so on: what precedes a parameter's name."""
-    name = "decoder.final_layernorm.weight"
+    # The word embedding alone is in every kind of model under one name.
+    name = "embedding.word_embeddings.weight"
     return sorted(key.removesuffix(name) for key in source.tensors if key.endswith("." + name))
 
 
@@ -141,25 +150,31 @@ def new_tensors(
     """The connections' tensors, float32; ``zero``: zeros of the same shapes (moments)."""
     layers, n, C = args.num_layers, mhc.n, args.hidden_size
     stacked = torch_dist.stacked_layers(source) > 0
-    outputs = []
-    for layer in range(layers):
-        for offset, module in enumerate((OURS.attn, OURS.mlp)):
-            data = {
-                OURS.phi: (mhc.K, n * C),
-                OURS.alpha[0]: [mhc.alpha] * mhc.alphas,
-                OURS.bias: upcycled_bias(mhc, 2 * layer + offset, symmetry).tolist(),
-            }
-            for suffix, value in data.items():
-                recipe, shape = _constant(value, zero)
-                name = f"{prefix}decoder.layers.{{l}}.{module}{suffix}"
-                key, at, size = place(name, layer, shape, layers, stacked)
-                box = (1, *shape) if stacked else shape
-                outputs.append(Output(key, box, torch.float32, recipe, at, size))
+    outputs, decoder = [], sublayers(args)
+    places = [(OURS.layer, layer, kind) for layer, kind in decoder]
+    for prediction in prediction_sublayers(args):
+        places += [(before, 0, kind) for before, kind in prediction]
+    for index, (before, layer, kind) in enumerate(places):
+        data = {
+            OURS.phi: (mhc.K, n * C),
+            OURS.alpha[0]: [mhc.alpha] * mhc.alphas,
+            OURS.bias: upcycled_bias(mhc, index, symmetry).tolist(),
+        }
+        in_stack = stacked and before == OURS.layer
+        for suffix, value in data.items():
+            recipe, shape = _constant(value, zero)
+            name = f"{prefix}{before}{OURS.module(kind)}{suffix}"
+            key, at, size = place(name, layer, shape, layers, in_stack)
+            box = (1, *shape) if in_stack else shape
+            outputs.append(Output(key, box, torch.float32, recipe, at, size))
     if mhc.exit == "learned":
         values = ((n, n * C), [mhc.alpha], [-math.log(n - 1)] * n)
-        for name, value in zip(EXIT, values, strict=True):
-            recipe, shape = _constant(value, zero)
-            outputs.append(Output(prefix + name, shape, torch.float32, recipe))
+        depths = range(len(prediction_sublayers(args)))
+        heads = [ours(args).head, *(exit_names(prediction_stack(args, d)) for d in depths)]
+        for names in heads:
+            for name, value in zip(names, values, strict=True):
+                recipe, shape = _constant(value, zero)
+                outputs.append(Output(prefix + name, shape, torch.float32, recipe))
     return outputs
 
 
@@ -224,15 +239,16 @@ def torch_dist_plan(
     release: bool | None = None,
     objects: dict[str, bytes] | None = None,
     groups: Callable[[Any], None] | None = None,
+    rename: Callable[[str], str] = lambda key: key,
 ) -> Plan:
     """The plan of a checkpoint like the source's with other tensors and, with ``mhc``, settings.
 
     ``release``: without iteration, optimizer and random state, as a start of another run.
-    ``groups`` changes the optimizer's stored parameter groups.
+    ``groups`` changes the optimizer's stored parameter groups, ``rename`` the objects' names.
     """
     common = copy.deepcopy(source.common)
     release = source.path.name == "release" if release is None else release
-    kept = {key: source.object_bytes(key) for key in source.objects}
+    kept = {rename(key): source.object_bytes(key) for key in source.objects}
     if release and source.path.name != "release":
         kept = {key: data for key, data in kept.items() if "_extra_state" in key}
         names = ("args", "checkpoint_version", "content_metadata")

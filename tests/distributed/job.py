@@ -28,6 +28,7 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.fine_grained_activation_offload import PipelineOffloadManager
 from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config, unwrap_model
 
 from mhc_megatron.config import MHCConfig
@@ -61,6 +62,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         save(job | {"save": job["save_initial"]}, model, None)
     _configure(model, optimizer, ddp)
     tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+    PipelineOffloadManager.reset_instance()  # it knows the layers of the model before
     first = job.get("first_step", 0)
     numbers = range(first, first + job.get("steps", 3))
     batch, unscored = job.get("batch", BATCH), job["kind"].get("unscored", ())
@@ -76,6 +78,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "grad_norm": [float(norm) for _, norm in steps],
         "gives_loss": parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         and parallel_state.get_tensor_model_parallel_rank() == 0,
+        # Of one step; Megatron counts in the first one.
+        "offloaded": getattr(PipelineOffloadManager.get_instance(), "_offload_summary_bytes", {}),
     }
 
 
@@ -86,7 +90,8 @@ def train_both(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
         folders = {
             key: os.path.join(job[key], variant) for key in ("load", "save_initial") if key in job
         }
-        results[variant] = train(job | folders | {"mhc": {"variant": variant}})
+        chosen = job.get("mhc", {}) if variant == "mhc" else {}
+        results[variant] = train(job | folders | {"mhc": chosen | {"variant": variant}})
     return results
 
 
@@ -107,7 +112,7 @@ def stir(model: list[torch.nn.Module]) -> None:
         for module in chunk.modules():
             if isinstance(module, HyperConnection):
                 generator = torch.Generator().manual_seed(module.index)
-                module.bias.add_(torch.randn(module.bias.shape, generator=generator))
+                module.bias.add_(torch.randn(module.bias.shape, generator=generator).cuda())
 
 
 def make_optimizer(job, model, ddp, mhc):
@@ -167,6 +172,7 @@ def forward_step(
         "position_ids": torch.arange(SEQUENCE)[None],
     }
     batch["loss_mask"][:, list(unscored)] = 0
+    batch = {name: tensor.cuda() for name, tensor in batch.items()}
     if parallel_state.get_context_parallel_world_size() > 1:
         batch = get_batch_on_this_cp_rank(
             batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()

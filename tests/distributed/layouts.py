@@ -68,6 +68,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "MLA, MoE, MTP": MLA | MOE | {"mtp_num_layers": 1, "moe_layer_freq": [0, 1, 1, 1]},
     "hybrid *-": {"hybrid_layer_pattern": "*-*-*-*-", "num_layers": 8},
     "hybrid *E": MOE | {"hybrid_layer_pattern": "*-*E*E*E", "num_layers": 8},
+    "hybrid +E, latent attention": MLA
+    | MOE
+    | {"hybrid_layer_pattern": "+-+E+E+E", "num_layers": 8},
+    "hybrid *E, shared expert, loss-free balancing": MOE
+    | {
+        "hybrid_layer_pattern": "*-*E*E*E",
+        "num_layers": 8,
+        "moe_shared_expert_intermediate_size": 32,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 1e-2,
+    },
+    "hybrid *-, bf16": {"hybrid_layer_pattern": "*-*-*-*-", "num_layers": 8, "dtype": "bfloat16"},
     "hybrid *- with MTP": {
         "hybrid_layer_pattern": "*-*-/*-",
         "num_layers": 4,
@@ -91,6 +104,24 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 def selective(*modules: str) -> dict[str, Any]:
     """Selective recompute of ``modules``."""
     return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+
+
+def offload(*modules: str) -> dict[str, Any]:
+    """Fine-grained activation offload of the inputs of ``modules``, however small."""
+    return {
+        "fine_grained_activation_offloading": True,
+        "offload_modules": list(modules),
+        "min_offloaded_tensor_size": 0,
+    }
+
+
+def flex(backend: str) -> dict[str, Any]:
+    """The flex dispatcher, through deep_ep_on_gloo.py."""
+    return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend,
+            "moe_router_dtype": "fp32"}
+
+
+ATTENTION = ("qkv_linear", "core_attn", "attn_proj")
 
 
 @dataclass(frozen=True)
@@ -168,6 +199,15 @@ ROWS: list[Row] = [
     _row("MoE alltoall", "selective recompute: moe", 1, tolerance=0, **selective("moe")),
     _row("MoE alltoall", "selective recompute: layernorm", 1, tolerance=0,
          **selective("layernorm")),
+    # Offload. (Attention's sums change their order: what comes back is contiguous.)
+    _row("dense", "offload of attention", 1, **offload(*ATTENTION)),
+    _row("dense, 8 layers", "offload of attention, PP2, VPP2", 2, pp=2, vp=2,
+         **offload(*ATTENTION)),
+    _row("dense", "offload of attention, TP2, SP, PP2", 4, tp=2, sp=True, pp=2, slow=True,
+         **offload(*ATTENTION)),
+    _row("MLA, MoE", "offload of attention, moe recomputed, EP2, PP2", 4, ep=2, pp=2, slow=True,
+         **offload(*ATTENTION), **selective("moe")),
+    _row("hybrid *-", "offload of attention", 1, slow=True, **offload(*ATTENTION)),
     # Kinds.
     _row("tied embeddings", "PP2", 2, pp=2),
     _row("tied embeddings", "TP2, SP, PP2, VPP2", 4, tp=2, sp=True, pp=2, vp=2),
@@ -184,6 +224,7 @@ ROWS: list[Row] = [
          **DISTRIBUTED_OPTIMIZER),
     _row("bf16", "PP2, VPP2, DP2, overlaps", 4, pp=2, vp=2, tolerance=1e-3, **OVERLAPPED),
     _row("fp32 residual, bf16", "one rank, full recompute", 1, tolerance=0, **FULL),
+    _row("fp32 residual, bf16", "PP2, VPP2", 2, pp=2, vp=2, tolerance=1e-3, slow=True),
     _row("MoE alltoall", "EP2", 2, ep=2),
     _row("MoE alltoall", "TP2, SP, expert TP1, EP2", 2, tp=2, sp=True, ep=2, etp=1),
     _row("MoE alltoall", "TP2, SP, expert TP2", 2, tp=2, sp=True, etp=2),
@@ -195,6 +236,14 @@ ROWS: list[Row] = [
     _row("MoE alltoall", "EP4, distributed optimizer, overlaps", 4, ep=4, **OVERLAPPED),
     _row("MoE allgather", "EP2", 2, ep=2),
     _row("MoE allgather", "TP2, SP, EP2, expert TP2", 4, tp=2, sp=True, ep=2, etp=2),
+    _row("MoE, shared expert, loss-free balancing", "flex (DeepEP's interface), EP2", 2, ep=2,
+         **flex("deepep")),
+    _row("MoE, shared expert, loss-free balancing", "flex (HybridEP's interface), EP2, PP2", 4,
+         ep=2, pp=2, slow=True, **flex("hybridep")),
+    _row("MoE alltoall", "flex (DeepEP's interface), TP2, SP, EP2, expert TP2", 4, tp=2, sp=True,
+         ep=2, etp=2, slow=True, **flex("deepep")),
+    _row("MoE alltoall", "flex (HybridEP's interface), TP2, SP, EP2", 2, tp=2, sp=True, ep=2, etp=1,
+         **flex("hybridep")),
     _row("MoE, shared expert, loss-free balancing", "EP2, PP2", 4, ep=2, pp=2),
     _row("MoE, shared expert, loss-free balancing", "TP2, SP, EP2", 2, tp=2, sp=True, ep=2, etp=1),
     _row("MoE, auxiliary loss", "EP2, PP2", 4, ep=2, pp=2),
@@ -221,4 +270,18 @@ ROWS: list[Row] = [
     _row("hybrid *-", "full recompute", 1, tolerance=0, **FULL),
     _row("hybrid *E", "EP2, PP2", 4, ep=2, pp=2),
     _row("hybrid *- with MTP", "PP2", 2, pp=2),
+    _row("hybrid *-", "PP2, VPP2", 2, pp=2, vp=2, hybrid_layer_pattern="*-|*-|*-|*-"),
+    _row("hybrid *-", "PP2, VPP2, uneven: *-*|-*|-*|-", 2, pp=2, vp=2, slow=True,
+         hybrid_layer_pattern="*-*|-*|-*|-"),
+    _row("hybrid *-", "CP2", 2, cp=2, slow=True),
+    _row("hybrid *-", "TP2, SP, PP2, DP2, overlaps", 8, tp=2, sp=True, pp=2, slow=True,
+         **OVERLAPPED),
+    _row("hybrid *-", "selective recompute: core_attn, mlp, layernorm", 1, tolerance=0, slow=True,
+         **selective("core_attn", "mlp", "layernorm")),
+    _row("hybrid *-, bf16", "PP2, distributed optimizer", 2, pp=2, tolerance=1e-3, slow=True,
+         **DISTRIBUTED_OPTIMIZER),
+    _row("hybrid *E", "TP2, SP, EP2, distributed optimizer", 2, tp=2, sp=True, ep=2, etp=1,
+         slow=True, **DISTRIBUTED_OPTIMIZER),
+    _row("hybrid *E, shared expert, loss-free balancing", "EP2, PP2", 4, ep=2, pp=2, slow=True),
+    _row("hybrid +E, latent attention", "EP2, PP2", 4, ep=2, pp=2, slow=True),
 ]

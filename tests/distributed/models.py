@@ -48,6 +48,7 @@ from mhc_megatron.training import (
     MHCModelBuilder,
     MHCModelConfig,
 )
+from tests.distributed import deep_ep_on_gloo
 from tests.distributed.data import SEQUENCE, VOCABULARY
 
 BASE: dict[str, Any] = {
@@ -93,6 +94,8 @@ def initialize(kind: dict[str, Any], layout: dict[str, Any]) -> None:
     """Model-parallel groups."""
     sizes = {PARALLEL[k]: v for k, v in layout.items() if k in PARALLEL and k != "sp"}
     model = model_config(kind, layout, MHCConfig())
+    if model.transformer.moe_token_dispatcher_type == "flex":
+        deep_ep_on_gloo.install()
     parallel_state.initialize_model_parallel(
         **sizes,
         get_embedding_ranks=functools.partial(
@@ -101,9 +104,11 @@ def initialize(kind: dict[str, Any], layout: dict[str, Any]) -> None:
             tied=model.share_embeddings_and_output_weights,
         ),
     )
-    if layout.get("cp", 1) > 1:
+    # Of Megatron's own layers; Transformer Engine's need neither.
+    own_layers = model.transformer.transformer_impl == "local"
+    if own_layers and layout.get("cp", 1) > 1:
         gather_context()
-    latent = getattr(model.transformer, "multi_latent_attention", False)
+    latent = own_layers and getattr(model.transformer, "multi_latent_attention", False)
     if latent and layout.get("tp", 1) > 1 and layout.get("whole_position_gradient", True):
         sum_position_gradients(model.transformer)
 
@@ -134,7 +139,7 @@ def model_config(
     # Megatron's own flag wants half precision and several expert-parallel ranks
     # (transformer_config.py:2680); nothing that it turns on needs either.
     config.overlap_moe_expert_parallel_comm |= overlap
-    if hybrid:
+    if hybrid and config.transformer_impl == "local":
         own["hybrid_stack_spec"] = hybrid_spec(config)
     return model_class(
         transformer=config, vocab_size=VOCABULARY, seq_length=SEQUENCE, mhc=mhc, **own
@@ -185,16 +190,21 @@ def build_with(module: str):
 
 
 def hybrid_spec(config: TransformerConfig) -> ModuleSpec:
-    """Megatron's hybrid stack without Transformer Engine: attention, MLP and MoE layers."""
+    """Megatron's hybrid stack without Transformer Engine: attention, latent attention, MLP, MoE."""
     dense = get_gpt_layer_local_spec(normalization=config.normalization)
     expert = get_gpt_layer_local_spec(num_experts=8, normalization=config.normalization)
     layer = dense.module
-    attention = TransformerLayerSubmodules(
-        input_layernorm=dense.submodules.input_layernorm,
-        self_attention=dense.submodules.self_attention,
-        self_attn_bda=get_bias_dropout_add,
+    latent = get_gpt_layer_local_spec(
+        normalization=config.normalization, multi_latent_attention=True
     )
     prediction = get_mtp_layer_spec_for_backend(None, backend=LocalSpecProvider())
+
+    def attention(spec: ModuleSpec) -> TransformerLayerSubmodules:
+        return TransformerLayerSubmodules(
+            input_layernorm=spec.submodules.input_layernorm,
+            self_attention=spec.submodules.self_attention,
+            self_attn_bda=get_bias_dropout_add,
+        )
 
     def feed_forward(spec: ModuleSpec) -> TransformerLayerSubmodules:
         return TransformerLayerSubmodules(
@@ -206,7 +216,8 @@ def hybrid_spec(config: TransformerConfig) -> ModuleSpec:
     return ModuleSpec(
         module=HybridStack,
         submodules=HybridStackSubmodules(
-            attention_layer=ModuleSpec(module=layer, submodules=attention),
+            attention_layer=ModuleSpec(module=layer, submodules=attention(dense)),
+            mla_layer=ModuleSpec(module=layer, submodules=attention(latent)),
             mlp_layer=ModuleSpec(module=layer, submodules=feed_forward(dense)),
             moe_layer=ModuleSpec(module=layer, submodules=feed_forward(expert)),
             mtp_block_spec=ModuleSpec(
@@ -233,7 +244,8 @@ def gather_context() -> None:
         group = parallel_state.get_context_parallel_group()
         key, value = _Gather.apply(key, group), _Gather.apply(value, group)
         cp, rank, piece = group.size(), group.rank(), query.shape[0] // 2
-        pieces = [torch.arange(i * piece, (i + 1) * piece) for i in range(2 * cp)]
+        tokens = torch.arange(2 * cp * piece, device=query.device)
+        pieces = tokens.chunk(2 * cp)
         columns = torch.cat([p for r in range(cp) for p in (pieces[r], pieces[2 * cp - 1 - r])])
         rows = torch.cat([pieces[rank], pieces[2 * cp - 1 - rank]])
         mask = (rows[:, None] < columns[None, :])[None, None]

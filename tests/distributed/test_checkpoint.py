@@ -62,6 +62,36 @@ MOVES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"world": 4, "ep": 2, "etp": 1, "tp": 2, "sp": True},
         {**RESHARDABLE, "mhc": {"lr_mult": 0.5}},
     ),
+    "first stage without experts: EP2, PP2 to one rank": (
+        "MLA, MoE",
+        {"world": 4, "ep": 2, "pp": 2, "pipeline_model_parallel_layout": "Et|tttL"},
+        {},
+        RESHARDABLE,
+    ),
+    "first stage without experts: one rank to EP2, PP2": (
+        "MLA, MoE",
+        {},
+        {"world": 4, "ep": 2, "pp": 2, "pipeline_model_parallel_layout": "Et|tttL"},
+        RESHARDABLE,
+    ),
+    "first stage without experts, dp_reshardable": (
+        "MLA, MoE",
+        {"world": 4, "ep": 2, "pp": 2, "pipeline_model_parallel_layout": "Et|tttL"},
+        {"world": 4, "ep": 2, "pp": 2, "pipeline_model_parallel_layout": "Et|tttL"},
+        {"ddp": DISTRIBUTED_OPTIMIZER["ddp"]},
+    ),
+    "first stage without experts, no distributed optimizer": (
+        "MLA, MoE",
+        {"world": 4, "ep": 2, "pp": 2, "pipeline_model_parallel_layout": "Et|tttL"},
+        {"world": 4, "ep": 2, "pp": 2, "pipeline_model_parallel_layout": "Et|tttL"},
+        {},
+    ),
+    "MLA, MoE: EP2, PP4 to EP2, PP2": (
+        "MLA, MoE",
+        {"world": 8, "ep": 2, "pp": 4},
+        {"world": 4, "ep": 2, "pp": 2},
+        RESHARDABLE,
+    ),
     "learned exit, own learning rate: PP2 to TP2, SP": (
         "dense",
         {"world": 2, "pp": 2},
@@ -72,7 +102,15 @@ MOVES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 
 #: Moves that others of the table cover in their parts.
-SLOW = ("MoE: EP2 to EP2, PP2", "TP2, SP, DP2 to PP2")
+SLOW = (
+    "MoE: EP2 to EP2, PP2",
+    "MoE: EP2 to one rank",
+    "TP2, SP, DP2 to PP2",
+    "first stage without experts: one rank to EP2, PP2",
+    "first stage without experts, dp_reshardable",
+    "first stage without experts, no distributed optimizer",
+    "MLA, MoE: EP2, PP4 to EP2, PP2",
+)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +124,22 @@ def test_resume_in_another_layout(move: str, cluster: Cluster, tmp_path) -> None
     first = _train(cluster, job, source, steps=STEPS, load=start, save=half)
     second = _train(cluster, job, target, steps=STEPS, first_step=STEPS, load=half, resume=True)
     assert first + second == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_chain_has_one_step() -> None:
+    """Transformer Engine's Adam keeps it in its groups, and none where a rank has no parameter."""
+    from mhc_megatron.optimizer import _agree_on_step
+
+    chain = {
+        0: {"optimizer": {"param_groups": [{"step": 7}, {"step": 7}]}},
+        1: {"optimizer": {"param_groups": [{"lr": 1.0}, {"lr": 2.0, "step": 0}]}},
+    }
+    _agree_on_step(chain)
+    assert chain[0] == {"optimizer": {"param_groups": [{"step": 7}, {"step": 7}]}}
+    assert chain[1]["optimizer"]["param_groups"] == [{"lr": 1.0, "step": 7}, {"lr": 2.0, "step": 7}]
+    untouched = {0: {"optimizer": {"param_groups": [{}]}}}
+    _agree_on_step(untouched)
+    assert untouched == {0: {"optimizer": {"param_groups": [{}]}}}
 
 
 def _train(cluster: Cluster, job: dict[str, Any], layout: dict[str, Any], **more) -> list[float]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.cluster import Cluster
+from tests.distributed.compare import differences, losses
 from tests.distributed.layouts import KINDS, ROWS, Row
 
 pytestmark = pytest.mark.distributed
@@ -70,6 +71,8 @@ def test_layout_equals_one_rank(row: Row, cluster: Cluster, reference, records) 
         "grad_norm": many[0]["mhc"]["grad_norm"],
     }
     for variant in ("mhc", "none"):
+        moved = set(many[0][variant]["offloaded"])
+        assert moved == set(row.settings.get("offload_modules", ())), moved
         errors = loss_error, norm_error = differences(one, many, variant)
         record[variant] = {"loss_error": loss_error, "grad_norm_error": norm_error}
         assert all(map(_is_finite, errors)), f"{variant}: {many[0][variant]}"
@@ -91,26 +94,6 @@ def line(record: dict[str, Any]) -> str:
         f"diff {ours['loss_error']:.0e} {ours['grad_norm_error']:.0e} "
         f"plain {plain['loss_error']:.0e} {plain['grad_norm_error']:.0e}"
     )
-
-
-def losses(ranks: list[dict[str, Any]], variant: str) -> list[float]:
-    """Mean loss of a token at every step, over the ranks that computed one."""
-    from tests.distributed.data import BATCH, SEQUENCE
-
-    parts = [rank[variant]["loss"] for rank in ranks if rank[variant]["gives_loss"]]
-    return [sum(step) / (BATCH * SEQUENCE) for step in zip(*parts, strict=True)]
-
-
-def differences(
-    one: list[dict[str, Any]], many: list[dict[str, Any]], variant: str
-) -> tuple[float, float]:
-    """Largest relative difference of a loss, and of a gradient norm, over the steps."""
-
-    def largest(a: list[float], b: list[float]) -> float:
-        return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
-
-    norms = one[0][variant]["grad_norm"], many[0][variant]["grad_norm"]
-    return largest(losses(one, variant), losses(many, variant)), largest(*norms)
 
 
 def _is_finite(x: float) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.cluster import Cluster
-from tests.distributed.layouts import KINDS, MOE, OVERLAPPED
+from tests.distributed.layouts import ATTENTION, KINDS, MOE, OVERLAPPED, flex, offload
 
 pytestmark = pytest.mark.distributed
 
@@ -44,6 +44,12 @@ CASES = {
         SHARED,
         {"world": 4, "ep": 2, "pp": 2, "vp": 2, **OVERLAPPED},
     ),
+    "flex dispatcher, shared experts, EP2, PP2, VPP2": (
+        SHARED, {"world": 4, "ep": 2, "pp": 2, "vp": 2, **flex("deepep")},
+    ),
+    "attention offloaded, PP2, VPP2": (
+        {"num_layers": 8}, {"world": 2, "pp": 2, "vp": 2, **offload(*ATTENTION)},
+    ),
     "embedding and loss alone: E|tt|tt|L": (
         {}, {"world": 2, "pp": 2, "vp": 2, "pipeline_model_parallel_layout": "E|tt|tt|L"},
     ),
@@ -64,6 +70,8 @@ SLOW = (
     "MLA, MoE, MTP alone: Ett|tt|m|L",
     "MLA, MoE, MTP, PP2, VPP2",
     "MoE, TP2, SP, PP2, VPP2",
+    "flex dispatcher, shared experts, EP2, PP2, VPP2",
+    "attention offloaded, PP2, VPP2",
     "embedding and loss alone: E|tt|tt|L",
 )
 

@@ -6,6 +6,7 @@ installed, bf16 and FP8.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import math
 import os
@@ -243,6 +244,7 @@ def test_memory_of_the_streams(fuse_norm: bool) -> None:
 
     def held(L_r: int) -> int:
         gpt = model(L_r, "dense", False, fuse_norm=fuse_norm)
+        gc.collect()  # models before it; a connection and its norm know each other
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         losses = [loss(gpt, number) for number in range(m)]
@@ -255,4 +257,6 @@ def test_memory_of_the_streams(fuse_norm: bool) -> None:
         # Without recompute: x, u and norm(u) of each sublayer, or norm(u) alone; with it, x of each
         # block.
         saved = ((n + 2 - fuse_norm) * L - n * math.ceil(L / L_r)) * m * width
-        assert everything - held(L_r) == pytest.approx(saved, rel=0.05), L_r
+        # Beside them some coefficients, up to 100 bytes a token and sublayer.
+        expected = pytest.approx(saved, rel=0.05, abs=100 * S * B * m * L)
+        assert everything - held(L_r) == expected, L_r

@@ -221,8 +221,9 @@ def pretrain(config: Path, run: Path, *changes: str) -> list[float]:
         command += ["--set", change]
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
+    for name in [*environment]:  # what models of this process left there
+        if name.startswith(("NVTE_", "MASTER_")) or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            del environment[name]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     log = run / "logs" / "rank-0.log"
     said = done.stdout + done.stderr + (log.read_text()[-4000:] if log.exists() else "")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mhc_megatron.config import MHCConfig
@@ -96,8 +97,11 @@ def configuration(shape: Shape, cpu: bool, **changes: Any) -> TransformerConfig:
 
 def chunk(
     config: TransformerConfig, mhc: MHCConfig, tokens: int, first: bool, last: bool, **more: Any
-) -> HyperConnectedGPTModel:
-    """One chunk of a model; ``first`` has the embedding, ``last`` the loss."""
+) -> GPTModel:
+    """One chunk of a model; ``first`` has the embedding, ``last`` the loss.
+
+    Megatron's own GPTModel where ``mhc`` is not enabled.
+    """
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
         get_gpt_layer_with_transformer_engine_spec,
@@ -108,7 +112,9 @@ def chunk(
     arguments = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
     if not on_gpu:
         arguments["normalization"] = config.normalization
-    return HyperConnectedGPTModel(
+    if mhc.enabled:
+        more["mhc"] = mhc
+    return (HyperConnectedGPTModel if mhc.enabled else GPTModel)(
         config,
         mhc_layer_spec(make(**arguments), config, mhc, more.get("vp_stage")),
         vocab_size=1024,
@@ -117,7 +123,6 @@ def chunk(
         pre_process=first,
         post_process=last,
         share_embeddings_and_output_weights=False,
-        mhc=mhc,
         **more,
     )
 

@@ -166,14 +166,18 @@ def draw(found: list[Span], path: Path, title: str, window: tuple[float, float])
     shown = [s for s in found if s.end > begin and s.begin < end]
     streams = sorted({s.stream for s in shown}, key=lambda i: _rank(shown, i))
     figure, axes = plt.subplots(figsize=(14, 1.2 + 0.6 * len(streams)))
+    bars: dict[tuple[int, str, bool], list[tuple[float, float]]] = {}
     for span in shown:
         _, colour = NODES.get(span.node, OTHER)
+        bar = (span.begin - begin) / 1000, (span.end - span.begin) / 1000
+        bars.setdefault((streams.index(span.stream), colour, span.backward), []).append(bar)
+    for (row, colour, backward), of_row in bars.items():
         axes.broken_barh(
-            [((span.begin - begin) / 1000, (span.end - span.begin) / 1000)],
-            (streams.index(span.stream) - 0.4, 0.8),
+            of_row,
+            (row - 0.4, 0.8),
             facecolors=colour,
-            hatch="////" if span.backward else None,
-            edgecolor="white" if span.backward else colour,
+            hatch="////" if backward else None,
+            edgecolor="white" if backward else colour,
             linewidth=0.0,
         )
     axes.set_yticks(range(len(streams)), [_main_node(shown, i) for i in streams])

@@ -123,8 +123,7 @@ def _profiled(model: Model, traces: Path | None) -> Activity:
     """One step of ``model`` under the profiler, after one that warms the profiler up."""
     column = model.column
     with tempfile.TemporaryDirectory() as folder:
-        name = f"trace-{column.precision}-{_file_name(column.label)}.json.gz"
-        path = (traces or Path(folder)) / name
+        path = (traces or Path(folder)) / trace.file_name(column.precision, column.label)
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CUDA],
             schedule=torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1),
@@ -168,10 +167,6 @@ def typical(profile: Sequence[Activity]) -> Activity | None:
         classes={name: median(a.classes.get(name, 0.0) for a in profile) for name in classes},
         names={name: median(a.names.get(name, 0.0) for a in profile) for name in names},
     )
-
-
-def _file_name(label: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in label)
 
 
 def _on_gpu() -> bool:

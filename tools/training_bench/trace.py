@@ -51,6 +51,12 @@ class Activity:
     names: dict[str, float] = field(default_factory=dict)
 
 
+def file_name(precision: str, label: str) -> str:
+    """Of a column's trace."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in label)
+    return f"trace-{precision}-{safe}.json.gz"
+
+
 def read(path: Path) -> Activity:
     """The activity that a trace file holds (``.json`` or ``.json.gz``)."""
     opened = gzip.open if path.suffix == ".gz" else open
