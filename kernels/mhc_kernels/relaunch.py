@@ -56,7 +56,8 @@ class Relaunched:
         if binary is None:
             compiled = self.kernel[grid](*operands, **constants)
             names = self.kernel.arg_names[len(operands) :]
-            self.binaries[key] = Binary(compiled, [constants[name] for name in names])
+            if compiled is not None:  # None where a hook of Triton's cache keeps it from compiling
+                self.binaries[key] = Binary(compiled, [constants[name] for name in names])
         else:
             binary.launch(grid, active.get_current_stream(device), values)
 
