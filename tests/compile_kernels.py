@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from mhc_kernels import launch
+from mhc_kernels.relaunch import Relaunched
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
 
@@ -53,7 +54,9 @@ def record(monkeypatch, arch: int, run) -> list:
     monkeypatch.setattr(launch, "_device", lambda index: (arch, 132))
     for name in dir(launch):
         if name.endswith("_kernel"):
-            monkeypatch.setattr(launch, name, Recorder(getattr(launch, name), calls))
+            kernel = getattr(launch, name)
+            kernel = kernel.kernel if isinstance(kernel, Relaunched) else kernel
+            monkeypatch.setattr(launch, name, Recorder(kernel, calls))
     run()
     return calls
 

@@ -68,7 +68,7 @@ def flat_calls(n: int, C: int, variant: str, dtype: torch.dtype, norm: bool, alo
     H_res = None if variant == "identity" else torch.zeros(T, n, n)
 
     def run():
-        s = launch.Plan(x, variant)
+        s = launch.plan(x, variant)
         _, projected, gram = launch.project(s, x, y, None, H_post, H_res, phi, norm)
         _, _, _, p, inverse_rms, gram, _ = launch.read(
             s, x, projected, gram, alpha, bias, weight, 20, 1e-20, 1e-6
@@ -97,7 +97,7 @@ def refill_calls(L: int, variant: str, dtype: torch.dtype):
 
     def run():
         launch.refill(
-            launch.Plan(x), x, [y] * L, [y[0] if i % 2 else None for i in range(L)], [H] * L,
+            launch.plan(x), x, [y] * L, [y[0] if i % 2 else None for i in range(L)], [H] * L,
             None if variant == "identity" else [H_res] * L, [H] * (L + 1),
             [u if i % 2 else None for i in range(L + 1)], [x] * L, [u.to(dtype)] * (L + 1),
         )  # fmt: skip
@@ -172,8 +172,8 @@ def forward_launches(T: int) -> None:
     """project and post of T tokens."""
     x, y = torch.zeros(T, 4, 64, dtype=torch.bfloat16), torch.zeros(T, 64, dtype=torch.bfloat16)
     H_post, H_res, phi = torch.zeros(T, 4), torch.zeros(T, 4, 4), torch.zeros(24, 256)
-    launch.post(launch.Plan(x), x, y, None, H_post, H_res)
-    launch.project(launch.Plan(x), x, y, None, H_post, H_res, phi, False)
+    launch.post(launch.plan(x), x, y, None, H_post, H_res)
+    launch.project(launch.plan(x), x, y, None, H_post, H_res, phi, False)
 
 
 def test_a_new_T_compiles_nothing(monkeypatch):
@@ -241,3 +241,43 @@ def test_wrong_parameters_are_named(change, message):
     with pytest.raises(ValueError) as caught:
         mhc_kernels.mhc_pre(inputs["x"], inputs["phi0"], inputs["alpha0"], inputs["bias0"])
     assert message in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_compiler_sees_one_op_each(monkeypatch):
+    """Forward and backward traced without a break; the kernels stand still, no value is looked at.
+
+    Untraced, the functions behind the ops run without them.
+    """
+    from mhc_kernels import functions
+
+    monkeypatch.setattr(functions, "INTERPRETED", True)
+    T, n, C = 8, 4, 64
+    half = {"dtype": torch.bfloat16, "requires_grad": True}
+    x, y = torch.zeros(T, n, C, **half), torch.zeros(T, C, **half)
+    params = [torch.zeros(s, requires_grad=True) for s in ((24, n * C), (3,), (24,))]
+    seen = []
+
+    def chain(x, y, *params):
+        x, u, H_post, H_res = mhc_kernels.mhc_enter(x, *params)
+        x, u, H_post, H_res = mhc_kernels.mhc_post_pre(x, y + u, H_post, H_res, *params)
+        again, _, _ = mhc_kernels.mhc_pre(x, *params)
+        return mhc_kernels.mhc_post(x, u + again, H_post, H_res)
+
+    def look(graph, _):
+        seen.append({str(node.target) for node in graph.graph.nodes})
+        return graph
+
+    def run():
+        with torch._dynamo.config.patch(disable=False):
+            for backend in (look, "aot_eager"):
+                torch._dynamo.reset()
+                compiled = torch.compile(chain, fullgraph=True, backend=backend)
+                compiled(x, y, *params).sum().backward()
+        x_last = chain(x, y, *params)
+        assert x_last.grad_fn.name() == "PostBackward"
+        x_last.sum().backward()
+
+    assert len(record(monkeypatch, 90, run)) > 20
+    assert {f"mhc_kernels.{name}.default" for name in ("post_pre", "pre", "post")} <= seen[0]
+    assert x.grad.shape == x.shape

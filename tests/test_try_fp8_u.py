@@ -42,7 +42,7 @@ def test_compiles_without_spills(monkeypatch, tile, u):
         monkeypatch.setattr(try_fp8_u, name, kernel)
     T, C = 128, 2560
     x = torch.zeros(T, 4, C, dtype=torch.bfloat16)
-    s = launch.Plan(x)
+    s = launch.plan(x)
     o = try_fp8_u.Operands(
         s, x, torch.zeros(4, T, s.KP), torch.zeros(4, T, 10), torch.zeros(3), torch.zeros(s.K),
         torch.zeros(C),

@@ -336,7 +336,7 @@ def operands(T: int, C: int, device: str) -> Operands:
     )
     x[T // 2, :, :128] = 0
     x = x.bfloat16()
-    s = launch.Plan(x)
+    s = launch.plan(x)
     norm_weight = 1 + normal(C, scale=0.1)
     phi = normal(s.K, n * C, scale=0.02)
     alpha, bias = normal(3), normal(s.K)

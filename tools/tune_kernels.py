@@ -67,7 +67,7 @@ def boundary(T: int, C: int) -> dict:
     H_post, H_res = torch.rand(T, n, device="cuda"), torch.rand(T, n, n, device="cuda")
 
     def plan() -> launch.Plan:
-        return launch.Plan(x)
+        return launch.plan(x)
 
     def project():
         return launch.project(plan(), x, y, None, H_post, H_res, phi, False)

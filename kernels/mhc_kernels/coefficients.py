@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .device import load_columns, sinkhorn_grad, tanh, wait_for_inputs
+from .relaunch import relaunched
 
 
 @triton.jit
@@ -29,6 +30,7 @@ def split_phi(phi_ptr, split_ptr, block, size, WIDTH: tl.constexpr):
     tl.store(split_ptr + size + at, low, mask=at < size)
 
 
+@relaunched
 @triton.jit
 def split_phi_kernel(phi_ptr, split_ptr, size, WIDTH: tl.constexpr, PDL: tl.constexpr):
     """phi as high and low halves, ahead of the projection."""

@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import launch, ops, reference
 from .launch import INTERPRETED
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -24,7 +24,7 @@ def _why_not(x: Tensor) -> str | None:
     n, C = x.shape[-2:]
     if not (x.is_cuda or INTERPRETED):
         return f"the streams are on {x.device.type}, not on a CUDA device"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+    if x.is_cuda and launch._device(x.device.index)[0] < 80:
         return "the GPU's compute capability is below 8.0"
     if x.dtype not in _DTYPES:
         return f"streams of {x.dtype} have no kernel"
@@ -44,29 +44,22 @@ def supported(x: Tensor) -> bool:
     return reason is None
 
 
-def _flat(t: Tensor, keep: int) -> Tensor:
-    """[..., last ``keep`` dimensions] -> [T, ...], contiguous."""
-    tail = t.shape[t.dim() - keep :]
-    T = t.shape[: t.dim() - keep].numel()
-    return t.reshape(T, *tail).contiguous()
+def _wide(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float().contiguous()
 
 
-def _wide(t: Tensor | None, keep: int) -> Tensor | None:
-    return None if t is None else _flat(t.float(), keep)
+def _check_device(x: Tensor, *others: Tensor | None) -> None:
+    """The kernels are handed addresses, which nothing looks at any more."""
+    for t in others:
+        if t is not None and t.device != x.device:
+            raise ValueError(f"the streams are on {x.device}, an operand is on {t.device}")
 
 
-def _outputs(
-    lead: torch.Size,
-    u: Tensor,
-    H_post: Tensor,
-    H_res: Tensor,
-    variant: str,
-    H_pre: Tensor | None = None,
-):
-    n, C = H_post.shape[-1], u.shape[-1]
-    H_res = None if variant == "identity" else H_res.reshape(*lead, n, n)
-    read = u.reshape(*lead, C), H_post.reshape(*lead, n), H_res
-    return read if H_pre is None else (*read, H_pre.detach().reshape(*lead, n))
+def _read(outputs: tuple[Tensor, ...], variant: str, with_H_pre: bool) -> tuple[Tensor | None, ...]:
+    """u, H_post, H_res and, where it is asked for, H_pre of an op's outputs from u on."""
+    u, H_post, H_res, *_, H_pre = outputs
+    read = u, H_post, None if variant == "identity" else H_res
+    return (*read, H_pre) if with_H_pre else read
 
 
 def _parameters(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, variant: str):
@@ -110,10 +103,12 @@ def mhc_pre(
             x, phi, alpha, bias, variant=variant, iterations=iterations, eps=eps,
             norm_weight=norm_weight, norm_eps=norm_eps, with_H_pre=with_H_pre,
         )  # fmt: skip
-    u, H_post, H_res, *_, H_pre = ops.pre_op(
-        _flat(x, 2), *parameters, norm_weight, variant, iterations, eps, norm_eps
-    )
-    return _outputs(x.shape[:-2], u, H_post, H_res, variant, H_pre if with_H_pre else None)
+    _check_device(x, *parameters, norm_weight)
+    outputs = ops.run(
+        ops.pre_op, ops.Pre, x.contiguous(), *parameters, norm_weight,
+        variant, iterations, eps, norm_eps,
+    )  # fmt: skip
+    return _read(outputs, variant, with_H_pre)
 
 
 def mhc_enter(
@@ -140,12 +135,11 @@ def mhc_enter(
             x, phi, alpha, bias, variant=variant, iterations=iterations, eps=eps,
             norm_weight=norm_weight, norm_eps=norm_eps, with_H_pre=with_H_pre,
         )  # fmt: skip
-    handed_on, u, H_post, H_res, H_pre = ops.Enter.apply(
-        _flat(x, 2), *parameters, norm_weight, variant, iterations, eps, norm_eps
+    _check_device(x, *parameters, norm_weight)
+    handed_on, *outputs = ops.Enter.apply(
+        x.contiguous(), *parameters, norm_weight, variant, iterations, eps, norm_eps
     )
-    H_pre = H_pre if with_H_pre else None
-    read = _outputs(x.shape[:-2], u, H_post, H_res, variant, H_pre)
-    return handed_on.reshape(x.shape), *read
+    return handed_on, *_read(outputs, variant, with_H_pre)
 
 
 def _post_operands(x: Tensor, y: Tensor, H_post: Tensor, H_res: Tensor | None):
@@ -157,7 +151,7 @@ def _post_operands(x: Tensor, y: Tensor, H_post: Tensor, H_res: Tensor | None):
                 f"{name} must be {[*lead, *size]} for streams of shape {list(x.shape)},"
                 f" not {list(t.shape)}"
             )
-    return _flat(x, 2), _flat(y, 1), _wide(H_post, 1), _wide(H_res, 2)
+    return x.contiguous(), y.contiguous(), _wide(H_post), _wide(H_res)
 
 
 def mhc_post(
@@ -166,8 +160,9 @@ def mhc_post(
     """``reference.mhc_post``: x_next [..., n, C]."""
     if not supported(x):
         return reference.mhc_post(x, y, H_post, H_res, y_bias)
-    flat_x, flat_y, flat_post, flat_res = _post_operands(x, y, H_post, H_res)
-    return ops.post_op(flat_x, flat_y, y_bias, flat_post, flat_res).reshape(x.shape)
+    x, y, H_post, H_res = _post_operands(x, y, H_post, H_res)
+    _check_device(x, y, y_bias, H_post, H_res)
+    return ops.run(ops.post_op, ops.Post, x, y, y_bias, H_post, H_res)
 
 
 def mhc_post_pre(
@@ -195,14 +190,13 @@ def mhc_post_pre(
             iterations=iterations, eps=eps, norm_weight=norm_weight, norm_eps=norm_eps,
             with_H_pre=with_H_pre,
         )  # fmt: skip
-    flat_x, flat_y, flat_post, flat_res = _post_operands(x, y, H_post, H_res)
-    x_next, u, next_post, next_res, *_, H_pre = ops.post_pre_op(
-        flat_x, flat_y, y_bias, flat_post, flat_res, *parameters, norm_weight,
-        variant, iterations, eps, norm_eps,
+    x, y, H_post, H_res = _post_operands(x, y, H_post, H_res)
+    _check_device(x, y, y_bias, H_post, H_res, *parameters, norm_weight)
+    x_next, *outputs = ops.run(
+        ops.post_pre_op, ops.PostPre, x, y, y_bias, H_post, H_res,
+        *parameters, norm_weight, variant, iterations, eps, norm_eps,
     )  # fmt: skip
-    H_pre = H_pre if with_H_pre else None
-    rest = _outputs(x.shape[:-2], u, next_post, next_res, variant, H_pre)
-    return x_next.reshape(x.shape), *rest
+    return x_next, *_read(outputs, variant, with_H_pre)
 
 
 @torch.no_grad()
@@ -236,12 +230,12 @@ def mhc_refill(
         reads = [x.new_empty(*x.shape[:-2], x.shape[-1]) for _ in H_pre]
         out = [torch.empty_like(x) for _ in y], reads
     ops.refill_op(
-        _flat(x, 2),
-        [_flat(t, 1) for t in y],
+        x.contiguous(),
+        [t.contiguous() for t in y],
         _absent_empty(x, y_bias, len(y)),
-        [_wide(t, 1) for t in H_post],
-        [] if len(H_res) == 0 or H_res[0] is None else [_wide(t, 2) for t in H_res],
-        [_wide(t, 1) for t in H_pre],
+        [_wide(t) for t in H_post],
+        [] if len(H_res) == 0 or H_res[0] is None else [_wide(t) for t in H_res],
+        [_wide(t) for t in H_pre],
         _absent_empty(x, norm_weight, len(H_pre)),
         *out,
     )

@@ -18,6 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .relaunch import relaunched
+
 
 @gluon.jit
 def load_columns(ptr, rows, stride: gl.constexpr, count: gl.constexpr, mask):
@@ -308,6 +310,7 @@ def start_loads(
         )  # fmt: skip
 
 
+@relaunched
 @gluon.jit(do_not_specialize=["T", "parts", "per_part"])
 def boundary_grad_hopper_kernel(
     x_desc, y_desc, g_desc, du_desc, phi_desc, w_desc, dx_desc, dy_desc, norm_weight_ptr,
@@ -509,6 +512,7 @@ def mix_rounded(x, y, H_res, H_post, o: gl.constexpr, n: gl.constexpr, RES: gl.c
     return out
 
 
+@relaunched
 @gluon.jit(do_not_specialize=["T", "per_part"])
 def post_project_hopper_kernel(
     x_desc, y_desc, x_next_desc, phi_desc, H_post_ptr, H_res_ptr, projected_ptr, gram_ptr, T,

@@ -1,13 +1,15 @@
 """Launches of the kernels: outputs, descriptors, grids. No arithmetic and no autograd of its own.
 
-Every function takes contiguous [T, ...] operands with T >= 1 and runs its kernels on the current
-stream, each in a fixed order of sums: two runs agree bit for bit.
+Every function takes contiguous operands of the same T >= 1 tokens, in whatever dimensions these
+come, and runs its kernels on the current stream, each in a fixed order of sums: two runs agree bit
+for bit. The host's time counts (docs/kernels.md): what a shape decides is kept in its ``Plan``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -24,6 +26,7 @@ from .post_pre import boundary_grad_kernel, post_project_kernel
 from .pre import logits_grad_kernel, norm_weight_grad_kernel, phi_grad_kernel, read_kernel
 from .reference import permutations, phi_rows, res_rows
 from .refill import refill_kernel
+from .relaunch import Tiles
 
 INTERPRETED = triton.knobs.runtime.interpret
 #: phi entries one program splits, dphi entries one program sums.
@@ -48,23 +51,51 @@ def _permutation_table(n: int, device: torch.device) -> Tensor:
     return permutations(n, device, torch.float32).reshape(-1, n * n).contiguous()
 
 
-class Plan:
-    """What a launch needs to know about its operands: sizes, padding, architecture."""
+def cdiv(a: int, b: int) -> int:
+    """``triton.cdiv`` for ints alone, which takes a tenth of its time."""
+    return -(-a // b)
 
-    def __init__(self, x: Tensor, variant: str = "mhc") -> None:
-        self.n, self.C = x.shape[-2:]
-        self.T = x.numel() // (self.n * self.C)
-        self.device, self.dtype = x.device, x.dtype
-        self.arch, self.multiprocessors = _device(x.device.index)
+
+def plan(x: Tensor, variant: str = "mhc") -> Plan:
+    """The plan for operands like x, made once."""
+    return _plan(x.shape, x.dtype, x.device, variant, _device(x.device.index))
+
+
+@lru_cache(maxsize=256)
+def _plan(shape: torch.Size, dtype: torch.dtype, device: torch.device, variant: str, gpu) -> Plan:
+    return Plan(shape, dtype, device, variant, gpu)
+
+
+class Plan:
+    """What a launch needs to know about its operands: sizes, padding, architecture.
+
+    ``tokens`` are the dimensions before n and C, T their product.
+    """
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        variant: str,
+        gpu: tuple[int, int],
+    ) -> None:
+        self.tokens, (self.n, self.C) = shape[:-2], shape[-2:]
+        self.T = self.tokens.numel()
+        self.device, self.dtype = device, dtype
+        self.arch, self.multiprocessors = gpu
         self.variant = variant
         self.K, self.R = phi_rows(self.n, variant), res_rows(self.n, variant)
         self.KP = max(16, triton.next_power_of_2(self.K))
         self.RP = triton.next_power_of_2(max(1, self.R))
-        self.split = x.dtype != torch.float32
+        self.split = dtype != torch.float32
         # sm_90's compiler repeats arithmetic for every use; newer ones refuse the fence.
         self.pin = self.arch == 90 and not INTERPRETED
-        self.hopper = self.pin and x.dtype == torch.bfloat16 and self.n <= 4
+        self.hopper = self.pin and dtype == torch.bfloat16 and self.n <= 4
         self.pdl = self.arch >= 90 and not INTERPRETED
+        self._tiles: dict[tuple, Tiles] = {}
+        # Of no bytes: ``new_empty`` takes the host half the time of ``empty`` with its keywords.
+        self._floats = torch.empty(0, dtype=torch.float32, device=device)
 
     def block(self, kernel: str) -> tuning.Block:
         return tuning.block(kernel, self.n, self.C, self.dtype.itemsize, self.arch)
@@ -80,52 +111,76 @@ class Plan:
     def boundary_tiles(self) -> int:
         """Tiles of tokens in ``boundary_grad``, at most."""
         names = "boundary_grad", "boundary_grad_hopper", "post_grad_hopper"
-        return triton.cdiv(self.T, min(self.block(name).BT for name in names))
+        return cdiv(self.T, min(self.block(name).BT for name in names))
 
-    def new(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=self.device)
+    def new(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory, of float32 where no other type is asked for."""
+        if dtype is None:
+            return self._floats.new_empty(*size)
+        return self._floats.new_empty(size, dtype=dtype)
 
     def options(self, block: tuning.Block, looped: bool = False) -> dict:
         """Launch options; ``looped``: the kernel has a loop to pipeline."""
         stages = {"STAGES": block.stages} if looped else {}
         return {**block.options(), **stages, "launch_pdl": self.pdl, "PDL": self.pdl}
 
-    def rows(self, t: Tensor, block: tuning.Block, BC: int | None = None) -> TensorDescriptor:
+    def tiles(self, t: Tensor, name: tuple, geometry: Callable[[], tuple]):
+        """Descriptor of t in tiles; ``geometry`` is asked once for a name and a type of t.
+
+        It says the tile, sizes, strides and, for Gluon, the bytes of a row in shared memory.
+        """
+        known = t.dtype, *name
+        tiles = self._tiles.get(known)
+        if tiles is None:
+            tile, sizes, strides, width = geometry()
+            fields = {"shape": sizes, "strides": strides, "block_shape": tile}
+            kind = TensorDescriptor
+            if width:
+                kind, fields["layout"] = HopperDescriptor, NVMMASharedLayout(width, 16, len(tile))
+            tiles = self._tiles[known] = Tiles(kind, t, **fields)
+        return tiles.of(t)
+
+    def rows(self, t: Tensor, b: tuning.Block, BC: int = 0, gluon: bool = False):
         """Descriptor of a [T, width] view of ``t`` in tiles of the block's shape."""
-        width = t.numel() // self.T
-        return TensorDescriptor(t, [self.T, width], [width, 1], [block.BT, BC or block.BC])
+        width, BC = t.numel() // self.T, BC or b.BC
+
+        def geometry():
+            return [b.BT, BC], [self.T, width], [width, 1], t.dtype.itemsize * BC if gluon else 0
+
+        return self.tiles(t, ("rows", b.BT, BC, width, gluon), geometry)
 
     def hopper_streams(self, t: Tensor, b: tuning.Block) -> HopperDescriptor:
         """Descriptor of [T, n, C] as n tiles, one a stream, in one copy."""
-        n, C, layout = self.n, self.C, NVMMASharedLayout(2 * b.BC, 16, 3)
-        return HopperDescriptor(t, [n, self.T, C], [C, n * C, 1], [n, b.BT, b.BC], layout)
+        def geometry():
+            n, C = self.n, self.C
+            return [n, b.BT, b.BC], [n, self.T, C], [C, n * C, 1], 2 * b.BC
 
-    def hopper_rows(self, t: Tensor, b: tuning.Block) -> HopperDescriptor:
-        """Descriptor of [T, C] in tiles."""
-        layout = NVMMASharedLayout(2 * b.BC, 16, 2)
-        return HopperDescriptor(t, [self.T, self.C], [self.C, 1], [b.BT, b.BC], layout)
+        return self.tiles(t, ("hopper_streams", b.BT, b.BC), geometry)
 
     def hopper_phi(self, split: Tensor, b: tuning.Block, streams_first: bool) -> HopperDescriptor:
         """phi's high and low halves, all rows, of BC channels of every stream in one copy.
 
         The tile is [2, n, KP, BC], or [n, 2, KP, BC] with ``streams_first``.
         """
-        n, C, K = self.n, self.C, self.K
-        half, stream = (2, K * n * C), (n, C)
-        outer = (stream, half) if streams_first else (half, stream)
-        shape, strides = zip(*outer, (K, n * C), (C, 1), strict=True)
-        block = [outer[0][0], outer[1][0], self.KP, b.BC]
-        return HopperDescriptor(
-            split, list(shape), list(strides), block, NVMMASharedLayout(2 * b.BC, 16, 4)
-        )
+        def geometry():
+            n, C, K = self.n, self.C, self.K
+            half, stream = (2, K * n * C), (n, C)
+            outer = (stream, half) if streams_first else (half, stream)
+            sizes, strides = zip(*outer, (K, n * C), (C, 1), strict=True)
+            tile = [outer[0][0], outer[1][0], self.KP, b.BC]
+            return tile, list(sizes), list(strides), 2 * b.BC
+
+        return self.tiles(split, ("hopper_phi", b.BC, streams_first), geometry)
 
     def phi(self, phi: Tensor, split: Tensor | None, BC: int, both: bool) -> TensorDescriptor:
         """phi in tiles of all (padded) rows: float32, or its high and low halves, one or both."""
-        size = self.n * self.C
-        if split is None:
-            return TensorDescriptor(phi, [self.K, size], [size, 1], [self.KP, BC])
-        shape, strides = [2, self.K, size], [self.K * size, size, 1]
-        return TensorDescriptor(split, shape, strides, [1 + both, self.KP, BC])
+        def geometry():
+            K, KP, size = self.K, self.KP, self.n * self.C
+            if split is None:
+                return [KP, BC], [K, size], [size, 1], 0
+            return [1 + both, KP, BC], [2, K, size], [K * size, size, 1], 0
+
+        return self.tiles(phi if split is None else split, ("phi", BC, both), geometry)
 
 
 def _grid(*size: int) -> tuple[int, ...]:
@@ -152,21 +207,21 @@ def project(
     split = None
     if s.split:
         split = s.new(2, s.K, s.n * s.C, dtype=s.dtype)
-        blocks = triton.cdiv(phi.numel(), PHI_WIDTH)
+        blocks = cdiv(phi.numel(), PHI_WIDTH)
         split_phi_kernel[_grid(blocks)](
             phi, split, phi.numel(), WIDTH=PHI_WIDTH, PDL=s.pdl, launch_pdl=s.pdl
         )
-    tiles, chunks = triton.cdiv(s.T, b.BT), s.C // b.BC
+    tiles, chunks = cdiv(s.T, b.BT), s.C // b.BC
     parts = tuning.parts(tiles, chunks, b.split, s.slots(b))
-    per_part = triton.cdiv(chunks, parts)
-    parts = triton.cdiv(chunks, per_part)
+    per_part = cdiv(chunks, parts)
+    parts = cdiv(chunks, per_part)
     projected = s.new(parts, s.T, s.KP)
     gram = s.new(parts, s.T, _gram_size(s.n, norm))
     x_next = x if y is None else torch.empty_like(x)
     if fast:
         post_project_hopper_kernel[_grid(tiles, parts)](
             s.hopper_streams(x, b),
-            s.hopper_rows(x if y is None else y, b),
+            s.rows(x if y is None else y, b, gluon=True),
             s.hopper_streams(x_next, b),
             s.hopper_phi(split, b, streams_first=True),
             H_post,
@@ -219,6 +274,18 @@ def project(
     return x_next, projected, gram
 
 
+def read_outputs(x: Tensor, variant: str, norm: bool) -> tuple[Tensor, ...]:
+    """Memory for what ``read`` returns, each with the leading dimensions of x."""
+    *tokens, n, C = x.shape
+    floats = x if x.dtype == torch.float32 else x.new_empty(0, dtype=torch.float32)
+    u = x.new_empty(*tokens, C)
+    H_post, H_pre = floats.new_empty(*tokens, n), floats.new_empty(*tokens, n)
+    H_res = floats.new_empty(*tokens, n if res_rows(n, variant) else 0, n)
+    gram = floats.new_empty(*tokens, _gram_size(n, True) if norm else 0)
+    p, inverse_rms = floats.new_empty(*tokens, phi_rows(n, variant)), floats.new_empty(tokens)
+    return u, H_post, H_res, p, inverse_rms, gram, H_pre
+
+
 def read(
     s: Plan,
     x: Tensor,
@@ -234,12 +301,9 @@ def read(
     """u, H_post, H_res; for backward p, 1 / rms and the products of streams; for refill H_pre."""
     b = s.block("read")
     norm = norm_weight is not None
-    u, p, inverse_rms = s.new(s.T, s.C, dtype=s.dtype), s.new(s.T, s.K), s.new(s.T)
-    H_post, H_res = s.new(s.T, s.n), s.new(s.T, s.n if s.R else 0, s.n)
-    H_pre = s.new(s.T, s.n)
-    gram = s.new(s.T, _gram_size(s.n, True) if norm else 0)
+    u, H_post, H_res, p, inverse_rms, gram, H_pre = outputs = read_outputs(x, s.variant, norm)
     table = _permutation_table(s.n, s.device) if s.variant == "birkhoff" else None
-    read_kernel[_grid(triton.cdiv(s.T, b.BT))](
+    read_kernel[_grid(cdiv(s.T, b.BT))](
         x,
         projected,
         gram_parts,
@@ -271,7 +335,7 @@ def read(
         NORM=norm,
         **s.options(b, looped=True),
     )
-    return u, H_post, H_res, p, inverse_rms, gram, H_pre
+    return outputs
 
 
 @dataclass
@@ -303,7 +367,7 @@ def logits_grad(
 ) -> LogitsGrad:
     """The gradient of the logits, from du and dH."""
     b, logit_b = s.block("read_grad"), s.block("logits_grad")
-    tiles = triton.cdiv(s.T, b.BT)
+    tiles = cdiv(s.T, b.BT)
     programs = tiles * (b.BT // logit_b.BT + 1)
     counters = s.new(s.phi_columns() + 1 + s.boundary_tiles(), dtype=torch.int32)
     out = LogitsGrad(
@@ -314,7 +378,7 @@ def logits_grad(
         counters=counters,
     )
     last = max(phi.numel() if s.split else 0, counters.numel())
-    logits_grad_kernel[_grid(programs + triton.cdiv(last, PHI_WIDTH))](
+    logits_grad_kernel[_grid(programs + cdiv(last, PHI_WIDTH))](
         x,
         du,
         norm_weight,
@@ -363,10 +427,10 @@ def phi_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dphi [K, nC], dalpha and dbias."""
     b = s.block("phi_grad")
-    columns, blocks = s.phi_columns(), triton.cdiv(s.T, b.BT)
+    columns, blocks = s.phi_columns(), cdiv(s.T, b.BT)
     parts = tuning.parts(columns, blocks, b.split, 3 * s.multiprocessors)
-    per_part = triton.cdiv(blocks, parts)
-    parts = triton.cdiv(blocks, per_part)
+    per_part = cdiv(blocks, parts)
+    parts = cdiv(blocks, per_part)
     dphi, dalpha, dbias = s.new(s.K, s.n * s.C), torch.empty_like(alpha), s.new(s.K)
     phi_grad_kernel[_grid(FINISHERS + columns, parts)](
         s.rows(x, b),
@@ -417,15 +481,15 @@ def boundary_grad(
     fast = s.hopper and y_bias is None
     hopper = "post_grad_hopper" if logits is None else "boundary_grad_hopper"
     b = s.block(hopper if fast else "boundary_grad")
-    tiles, chunks = triton.cdiv(s.T, b.BT), s.C // b.BC
+    tiles, chunks = cdiv(s.T, b.BT), s.C // b.BC
     parts = tuning.parts(tiles, chunks, b.split, s.slots(b))
-    per_part = triton.cdiv(chunks, parts)
-    parts = triton.cdiv(chunks, per_part)
+    per_part = cdiv(chunks, parts)
+    parts = cdiv(chunks, per_part)
     dx, dy, dH_post, dH_res, partial = torch.empty_like(x), None, None, None, None
     counters = None if logits is None else logits.counters[s.phi_columns() + 1 :]
     if y is not None:
-        dy, dH_post = torch.empty_like(y), s.new(s.T, s.n)
-        dH_res = None if H_res is None else s.new(s.T, s.n, s.n)
+        dy, dH_post = torch.empty_like(y), torch.empty_like(H_post)
+        dH_res = None if H_res is None else torch.empty_like(H_res)
         partial = s.new(s.n + (0 if H_res is None else s.n * s.n), parts, s.T)
         if counters is None:
             counters = torch.zeros(tiles, dtype=torch.int32, device=s.device)
@@ -493,11 +557,10 @@ def _boundary_grad_hopper(
     phi = w = None
     if logits is not None:
         phi = s.hopper_phi(logits.split, b, streams_first=False)
-        layout = NVMMASharedLayout(2 * s.KP, 16, 2)
-        w = HopperDescriptor(logits.w, [s.T, 2 * s.KP], [2 * s.KP, 1], [b.BT, s.KP], layout)
+        w = s.rows(logits.w, b, s.KP, gluon=True)
 
     def row_or_x(t: Tensor | None) -> HopperDescriptor:
-        return s.hopper_rows(x if t is None else t, b)
+        return s.rows(x if t is None else t, b, gluon=True)
 
     boundary_grad_hopper_kernel[_grid(tiles, sums[5])](
         s.hopper_streams(x, b),
@@ -548,7 +611,7 @@ def post(
     """x_next alone."""
     b = s.block("post")
     x_next = torch.empty_like(x)
-    post_kernel[_grid(s.C // b.BC, triton.cdiv(s.T, b.BT))](
+    post_kernel[_grid(s.C // b.BC, cdiv(s.T, b.BT))](
         x, y, x_next, y_bias, H_post, H_res, s.T,
         n=s.n, C=s.C, BT=b.BT, BC=b.BC, RES=H_res is not None, Y_BIAS=y_bias is not None,
         **s.options(b),
@@ -579,7 +642,7 @@ def refill(
         reads = slice(part.start + ahead - opens, part.stop + ahead)
         biases, has_bias = _given(y_bias[part], x)
         weights, has_norm = _given(norm_weight[reads], x)
-        refill_kernel[_grid(s.C // b.BC, triton.cdiv(s.T, b.BT))](
+        refill_kernel[_grid(s.C // b.BC, cdiv(s.T, b.BT))](
             x, tuple(y[part]), biases, tuple(H_post[part]), tuple(H_res[part]) if H_res else (),
             tuple(H_pre[reads]), weights, tuple(x_next[part]), tuple(u[reads]), s.T,
             L=part.stop - first, FIRST=opens, n=s.n, C=s.C, BT=b.BT, BC=b.BC, RES=bool(H_res),

@@ -1,23 +1,35 @@
 """torch custom ops and their gradients around ``launch``.
 
 Every operation is a ``torch.library`` custom op with a fake implementation, and so is its backward:
-torch.compile and CUDA-graph capture see one opaque node each. Saved for backward beyond x, y and
-the parameters are float32 numbers per token: the projection p (K), 1 / rms, with a fused norm the
-products of streams (n(n+1)/2), and the H_post and H_res that the caller holds anyway: 180 bytes at
-n = 4. x_next is the next sublayer's x, kept once.
+torch.compile sees one opaque node each. Where nothing traces, plain ``autograd.Function``s run the
+same functions (``run``), since the dispatch of an op in Python takes the host about as long as what
+it launches. Saved for backward beyond x, y and the parameters are float32 numbers per token: the
+projection p (K), 1 / rms, with a fused norm the products of streams (n(n+1)/2), and the H_post and
+H_res that the caller holds anyway: 180 bytes at n = 4. x_next is the next sublayer's x, kept once.
 
-The ops take flat operands (x [T, n, C], y [T, C], contiguous, float32 parameters); an identity
-H_res is an empty tensor on the way out and None on the way in. ``functions`` is the interface.
+The ops take contiguous operands (x [..., n, C], y [..., C], float32 parameters); an identity H_res
+is an empty tensor on the way out and None on the way in. ``functions`` is the interface.
 """
 
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import launch
-from .launch import Plan
+from .launch import plan
 
 Names = ("variant", "iterations", "eps", "norm_eps")
+
+
+def _registered(function: Callable):
+    """The custom op ``mhc_kernels::<name>`` of a function that changes none of its arguments."""
+    return torch.library.custom_op(f"mhc_kernels::{function.__name__}", function, mutates_args=())
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether a compiler looks on: it says so, or the operands are tensors of its own kind."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
 
 
 def _ready(t: Tensor | None) -> Tensor | None:
@@ -28,27 +40,14 @@ def _ready(t: Tensor | None) -> Tensor | None:
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
-def _pre_outputs(x: Tensor, variant: str, norm: bool) -> tuple[Tensor, ...]:
-    T, n, C = x.shape
-    K, R = launch.phi_rows(n, variant), launch.res_rows(n, variant)
-
-    def new(*size: int) -> Tensor:
-        return x.new_empty(size, dtype=torch.float32)
-
-    H_res = new(T, n, n) if R else new(T, 0, n)
-    gram = new(T, n * (n + 1) // 2 if norm else 0)
-    return x.new_empty(T, C), new(T, n), H_res, new(T, K), new(T), gram, new(T, n)
-
-
-@torch.library.custom_op("mhc_kernels::pre", mutates_args=())
-def pre_op(
+def pre(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, norm_weight: Tensor | None,
     variant: str, iterations: int, eps: float, norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """u, H_post, H_res, p, 1 / rms, products of streams, H_pre (for a refill; no gradient)."""
     if x.numel() == 0:
-        return _pre_outputs(x, variant, norm_weight is not None)
-    s, x = Plan(x, variant), _ready(x)
+        return launch.read_outputs(x, variant, norm_weight is not None)
+    s, x = plan(x, variant), _ready(x)
     with torch.cuda.device_of(x):
         _, projected, gram = launch.project(
             s, x, None, None, None, None, _ready(phi), norm_weight is not None
@@ -58,21 +57,23 @@ def pre_op(
         )
 
 
+pre_op = _registered(pre)
+
+
 @pre_op.register_fake
 def _(x, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps):
-    return _pre_outputs(x, variant, norm_weight is not None)
+    return launch.read_outputs(x, variant, norm_weight is not None)
 
 
-@torch.library.custom_op("mhc_kernels::post_pre", mutates_args=())
-def post_pre_op(
+def post_pre(
     x: Tensor, y: Tensor, y_bias: Tensor | None, H_post: Tensor, H_res: Tensor | None,
     phi: Tensor, alpha: Tensor, bias: Tensor, norm_weight: Tensor | None,
     variant: str, iterations: int, eps: float, norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """x_next, then what ``pre_op`` returns for it."""
     if x.numel() == 0:
-        return (torch.empty_like(x), *_pre_outputs(x, variant, norm_weight is not None))
-    s, x, y = Plan(x, variant), _ready(x), _ready(y)
+        return (torch.empty_like(x), *launch.read_outputs(x, variant, norm_weight is not None))
+    s, x, y = plan(x, variant), _ready(x), _ready(y)
     with torch.cuda.device_of(x):
         x_next, projected, gram = launch.project(
             s, x, y, y_bias, H_post, H_res, _ready(phi), norm_weight is not None
@@ -82,23 +83,28 @@ def post_pre_op(
         ))  # fmt: skip
 
 
+post_pre_op = _registered(post_pre)
+
+
 @post_pre_op.register_fake
 def _(
     x, y, y_bias, H_post, H_res, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps
 ):  # fmt: skip
-    return (torch.empty_like(x), *_pre_outputs(x, variant, norm_weight is not None))
+    return (torch.empty_like(x), *launch.read_outputs(x, variant, norm_weight is not None))
 
 
-@torch.library.custom_op("mhc_kernels::post", mutates_args=())
-def post_op(
+def post(
     x: Tensor, y: Tensor, y_bias: Tensor | None, H_post: Tensor, H_res: Tensor | None
 ) -> Tensor:
     """x_next."""
     if x.numel() == 0:
         return torch.empty_like(x)
-    s, x, y = Plan(x), _ready(x), _ready(y)
+    s, x, y = plan(x), _ready(x), _ready(y)
     with torch.cuda.device_of(x):
         return launch.post(s, x, y, y_bias, H_post, H_res)
+
+
+post_op = _registered(post)
 
 
 @post_op.register_fake
@@ -106,8 +112,7 @@ def _(x, y, y_bias, H_post, H_res):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("mhc_kernels::boundary_backward", mutates_args=())
-def boundary_backward_op(
+def boundary_backward(
     x: Tensor, y: Tensor | None, y_bias: Tensor | None, H_post: Tensor | None,
     H_res: Tensor | None, x_next: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
     norm_weight: Tensor | None, p: Tensor, inverse_rms: Tensor, gram: Tensor,
@@ -118,7 +123,7 @@ def boundary_backward_op(
 
     y None: of ``pre`` alone, whose x_next is x; g: the gradient of x_next from elsewhere.
     """
-    s = Plan(x, variant)
+    s = plan(x, variant)
     x, y, x_next, g, du = _ready(x), _ready(y), _ready(x_next), _ready(g), _ready(du)
     phi = _ready(phi)
     with torch.cuda.device_of(x):
@@ -135,6 +140,9 @@ def boundary_backward_op(
     return tuple(x.new_empty(0) if t is None else t for t in (*streams, *parameters, dnorm))
 
 
+boundary_backward_op = _registered(boundary_backward)
+
+
 @boundary_backward_op.register_fake
 def _(
     x, y, y_bias, H_post, H_res, x_next, phi, alpha, bias, norm_weight, p, inverse_rms, gram,
@@ -149,16 +157,18 @@ def _(
     )  # fmt: skip
 
 
-@torch.library.custom_op("mhc_kernels::post_backward", mutates_args=())
-def post_backward_op(
+def post_backward(
     x: Tensor, y: Tensor, y_bias: Tensor | None, H_post: Tensor, H_res: Tensor | None, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, y, H_post, H_res (empty for the identity)."""
-    s = Plan(x)
+    s = plan(x)
     x, y, g = _ready(x), _ready(y), _ready(g)
     with torch.cuda.device_of(x):
         dx, dy, dH_post, dH_res, _ = launch.boundary_grad(s, x, y, y_bias, H_post, H_res, g)
     return dx, dy, dH_post, x.new_empty(0) if dH_res is None else dH_res
+
+
+post_backward_op = _registered(post_backward)
 
 
 @post_backward_op.register_fake
@@ -175,7 +185,7 @@ def refill_op(
     """Writes x_next and u. H_res empty: the identity; an empty y_bias or norm_weight: none."""
     if x.numel() == 0:
         return
-    s, x, y = Plan(x), _ready(x), [_ready(t) for t in y]
+    s, x, y = plan(x), _ready(x), [_ready(t) for t in y]
     biases, weights = ([t if t.numel() else None for t in ts] for ts in (y_bias, norm_weight))
     with torch.cuda.device_of(x):
         launch.refill(s, x, y, biases, H_post, H_res or None, H_pre, weights, x_next, u)
@@ -187,7 +197,9 @@ def _(x, y, y_bias, H_post, H_res, H_pre, norm_weight, x_next, u):
 
 
 def _bias_grad(dy: Tensor, y_bias: Tensor | None) -> Tensor | None:
-    return None if y_bias is None else dy.sum(0, dtype=torch.float32).to(y_bias.dtype)
+    if y_bias is None:
+        return None
+    return dy.flatten(0, -2).sum(0, dtype=torch.float32).to(y_bias.dtype)
 
 
 def _pre_context(ctx, inputs, output) -> None:
@@ -205,12 +217,13 @@ def _pre_gradients(ctx, g, du, dH_post, dH_res):
     x, phi, alpha, bias, norm_weight, p, inverse_rms, gram = ctx.saved_tensors
     if x.numel() == 0:
         return (*(_zeros(t) for t in (x, phi, alpha, bias, norm_weight)), *4 * (None,))
-    du = x.new_zeros(x.shape[0], x.shape[2]) if du is None else du
-    dx, _, _, _, dphi, dalpha, dbias, dnorm = boundary_backward_op(
+    du = torch.zeros_like(x[..., 0, :]) if du is None else du
+    backward = boundary_backward_op if _traced(x) else boundary_backward
+    dx, _, _, _, dphi, dalpha, dbias, dnorm = backward(
         x, None, None, None, None, x, phi, alpha, bias, norm_weight, p, inverse_rms, gram,
         g, du, _wide(dH_post), _wide(dH_res), *ctx.options,
     )  # fmt: skip
-    dnorm = dnorm if norm_weight is not None else None
+    dnorm = None if norm_weight is None else dnorm
     return dx, dphi, dalpha, dbias, dnorm, None, None, None, None
 
 
@@ -229,11 +242,12 @@ def _post_pre_backward(ctx, g, du, dH_post, dH_res, *unused):
         first = (_zeros(t) for t in (x, y, y_bias, H_post, H_res, phi, alpha, bias, norm_weight))
         return (*first, *4 * (None,))
     du = torch.zeros_like(y, dtype=x.dtype) if du is None else du
-    dx, dy, d_post, d_res, dphi, dalpha, dbias, dnorm = boundary_backward_op(
+    backward = boundary_backward_op if _traced(x) else boundary_backward
+    dx, dy, d_post, d_res, dphi, dalpha, dbias, dnorm = backward(
         *ctx.saved_tensors, g, du, _wide(dH_post), _wide(dH_res), *ctx.options
     )
-    d_res = d_res.view_as(H_res) if H_res is not None else None
-    dnorm = dnorm if norm_weight is not None else None
+    d_res = None if H_res is None else d_res
+    dnorm = None if norm_weight is None else dnorm
     gradients = dx, dy, _bias_grad(dy, y_bias), d_post, d_res, dphi, dalpha, dbias, dnorm
     return (*gradients, None, None, None, None)
 
@@ -246,8 +260,9 @@ def _post_backward(ctx, g):
     x, y, y_bias, H_post, H_res = ctx.saved_tensors
     if x.numel() == 0:
         return tuple(_zeros(t) for t in ctx.saved_tensors)
-    dx, dy, d_post, d_res = post_backward_op(x, y, y_bias, H_post, H_res, g)
-    d_res = d_res.view_as(H_res) if H_res is not None else None
+    backward = post_backward_op if _traced(x) else post_backward
+    dx, dy, d_post, d_res = backward(x, y, y_bias, H_post, H_res, g)
+    d_res = None if H_res is None else d_res
     return dx, dy, _bias_grad(dy, y_bias), d_post, d_res
 
 
@@ -265,6 +280,51 @@ post_pre_op.register_autograd(_post_pre_backward, setup_context=_post_pre_contex
 post_op.register_autograd(_post_backward, setup_context=_post_context)
 
 
+def run(op: Callable, function: type[torch.autograd.Function], x: Tensor, *inputs):
+    """``op`` of the operands where a compiler traces, else ``function``, which does the same.
+
+    Without the outputs that only a backward reads: p, 1 / rms and the products of streams.
+    """
+    return op(x, *inputs) if _traced(x) else function.apply(x, *inputs)
+
+
+class Pre(torch.autograd.Function):
+    """``pre_op`` without the dispatch of an op and the outputs that only its backward reads."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = pre(*inputs)
+        _pre_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[6])
+        return *output[:3], output[6]
+
+    backward = staticmethod(_pre_backward)
+
+
+class PostPre(torch.autograd.Function):
+    """``post_pre_op``, as ``Pre`` is ``pre_op``."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = post_pre(*inputs)
+        _post_pre_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[7])
+        return *output[:4], output[7]
+
+    backward = staticmethod(_post_pre_backward)
+
+
+class Post(torch.autograd.Function):
+    """``post_op`` without the dispatch of an op."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _post_context(ctx, inputs, None)
+        return post(*inputs)
+
+    backward = staticmethod(_post_backward)
+
+
 class Enter(torch.autograd.Function):
     """``pre_op`` that hands x on: whoever reads x next sends its gradient back through here.
 
@@ -275,7 +335,7 @@ class Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps):
         inputs = (x, phi, alpha, bias, norm_weight, variant, iterations, eps, norm_eps)
-        output = pre_op(*inputs)
+        output = (pre_op if _traced(x) else pre)(*inputs)
         _pre_context(ctx, inputs, output)
         ctx.mark_non_differentiable(output[6])
         return (x.view_as(x), *output[:3], output[6])

@@ -8,8 +8,10 @@ import triton.language as tl
 
 from .device import load_columns, wait_for_inputs
 from .post_pre import mix
+from .relaunch import relaunched
 
 
+@relaunched
 @triton.jit(do_not_specialize=["T"])
 def post_kernel(
     x_ptr,

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from .device import arrive, dot, fold, load_columns, pin, sum_parts, wait_for_inputs, zeros_tuple
+from .relaunch import relaunched
 
 
 @triton.jit
@@ -65,6 +66,7 @@ def store_gram(gram_ptr, sums, rows, row0, n: tl.constexpr, GRAM: tl.constexpr, 
         tl.store(gram_ptr + (row0 + rows) * count + k, tl.sum(sums[k], axis=1), mask=mask)
 
 
+@relaunched
 @triton.jit(do_not_specialize=["T", "per_part"])
 def post_project_kernel(
     x_desc, y_desc, x_next_desc, phi_desc, y_bias_ptr, H_post_ptr, H_res_ptr, projected_ptr,
@@ -198,6 +200,7 @@ def total_gradient(
     return acc + g + H_pre[o][:, None] * du + norm[:, None] * x_next
 
 
+@relaunched
 @triton.jit(do_not_specialize=["T", "parts", "per_part"])
 def boundary_grad_kernel(
     x_desc, y_desc, g_desc, du_desc, phi_desc, dx_desc, dy_desc, y_bias_ptr, norm_weight_ptr,

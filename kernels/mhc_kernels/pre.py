@@ -17,6 +17,7 @@ from .coefficients import (
     write_pre_grad,
 )
 from .device import arrive, column_of, dot, sinkhorn, sum_few_parts, sum_parts, wait_for_inputs
+from .relaunch import relaunched
 
 
 @triton.jit
@@ -111,6 +112,7 @@ def read_scale(gram, H_pre, norm_eps, n: tl.constexpr, C: tl.constexpr):
     return tl.rsqrt(tl.sum(gram * left * right, axis=1) / C + norm_eps)
 
 
+@relaunched
 @triton.jit(do_not_specialize=["T", "parts"])
 def read_kernel(
     x_ptr, projected_ptr, gram_parts_ptr, alpha_ptr, bias_ptr, permutations_ptr, norm_weight_ptr,
@@ -157,6 +159,7 @@ def read_kernel(
         tl.store(to, u.to(u_ptr.dtype.element_ty), mask=inside)
 
 
+@relaunched
 @triton.jit(do_not_specialize=["T", "tiles", "counters", "phi_size"])
 def logits_grad_kernel(
     x_ptr, du_ptr, norm_weight_ptr, p_ptr, inverse_rms_ptr, alpha_ptr, bias_ptr,
@@ -232,6 +235,7 @@ def read_products(
     return out
 
 
+@relaunched
 @triton.jit(do_not_specialize=["T", "columns", "parts", "per_part", "sum_rows"])
 def phi_grad_kernel(
     x_desc, w_desc, parts_ptr, dphi_ptr, counter_ptr, sums_ptr, partial_sums_ptr, dalpha_ptr,
@@ -326,6 +330,7 @@ def finish_sums(
             tl.store(dalpha_ptr + 2, tl.sum(tl.where(k >= KP + 2 * n, whole, 0.0), axis=0))
 
 
+@relaunched
 @triton.jit(do_not_specialize=["T"])
 def norm_weight_grad_kernel(
     x_ptr,

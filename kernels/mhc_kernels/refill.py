@@ -12,8 +12,10 @@ import triton.language as tl
 
 from .device import load_columns, wait_for_inputs
 from .post_pre import mix
+from .relaunch import relaunched
 
 
+@relaunched
 @triton.jit(do_not_specialize=["T"])
 def refill_kernel(
     x_ptr,

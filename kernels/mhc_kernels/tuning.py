@@ -89,6 +89,7 @@ def block(kernel: str, n: int, C: int, itemsize: int, arch: int) -> Block:
     return replace(chosen, BT=BT, BC=BC)
 
 
+@cache
 def parts(tiles: int, chunks: int, most: int, slots: int, fixed: int = 4) -> int:
     """How often to split the ``chunks`` of a tile so that the GPU's ``slots`` are busiest.
 
