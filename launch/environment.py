@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -65,6 +66,18 @@ def single_process() -> None:
         port = str(free.getsockname()[1])
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def load_own_scales(args: Namespace) -> None:
+    """Let a run with delayed scaling have the scales back that it saved itself.
+
+    Transformer Engine pickles them and refuses to load a pickle, which could run anything, unless
+    it is told that the checkpoint is trusted (pytorch/_extra_state.py). The run's own is. For
+    another run's, whose owner only the user knows, the variable is the user's to set.
+    """
+    own = args.load and args.save and os.path.realpath(args.load) == os.path.realpath(args.save)
+    if args.fp8 and args.fp8_recipe == "delayed" and own:
+        os.environ.setdefault("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
 
 
 def redirect_output(path: str) -> TextIO:

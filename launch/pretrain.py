@@ -36,6 +36,7 @@ if __name__ == "__main__":  # before torch, whose threads inherit what is set he
 from launch.environment import (  # noqa: E402
     check_resiliency,
     fusions,
+    load_own_scales,
     redirect_output,
     single_process,
 )
@@ -155,6 +156,7 @@ def _run(settings: Settings, console: TextIO | None) -> None:
     from mhc_megatron.training import check_arguments, pretrain
 
     check_arguments(args)
+    load_own_scales(args)
     decay_in_steps(settings.run.lr_steps, args)
     if settings.run.data_loader == "dali":
         from mhc_megatron import dali

@@ -3,6 +3,7 @@
 A run is a process of its own, forked from one that has imported Megatron already.
 """
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -295,6 +296,28 @@ def test_a_checkpoint_of_another_model_is_left_alone(change, config, whole_run, 
     said = (tmp_path / "out").read_text()
     assert said.count("error:") == 1 and "checkpoint" in said
     assert {p: p.stat().st_mtime_ns for p in (whole_run / "checkpoints").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "trusted"),
+    [
+        ({}, True),
+        ({"load": "runs/../runs/a"}, True),
+        ({"load": "runs/b"}, False),
+        ({"load": None}, False),
+        ({"fp8": None}, False),
+        ({"fp8_recipe": "blockwise"}, False),
+    ],
+)
+def test_delayed_scales_are_unpickled_from_the_runs_own_folder_only(settings, trusted, monkeypatch):
+    from launch.environment import load_own_scales
+
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    own = {"load": "runs/a", "save": "runs/a", "fp8": "hybrid", "fp8_recipe": "delayed"}
+    load_own_scales(argparse.Namespace(**own | settings))
+    assert os.environ.get(name) == ("1" if trusted else None)
 
 
 def test_a_gpu_without_transformer_engine_is_enough(config):
