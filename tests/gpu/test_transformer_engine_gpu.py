@@ -253,16 +253,31 @@ def test_graphs_of_the_trainer(graphs, tmp_path):
 @pytest.mark.parametrize("weights", ["bf16 weights", "fp8 weights"])
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
 def test_a_resumed_fp8_run_goes_on_equal(recipe, weights, tmp_path):
-    """Eight steps, and four, saved, then four more: the same losses."""
-    config = write(tmp_path, "dense")
+    """Eight steps, and four, saved, then four more: the same losses; or no worse than Megatron's.
+
+    Delayed scaling quantises FP8 weights anew on loading, by a scale that has moved on.
+    """
+    difference = after_resuming(tmp_path, recipe, weights, "mhc")
+    print(f"{recipe}, {weights}: relative difference of a loss after resuming {difference:.1e}")
+    limit = 1e-6
+    if recipe == "delayed" and weights == "fp8 weights":
+        plain = after_resuming(tmp_path, recipe, weights, "none")
+        print(f"plain Megatron: {plain:.1e}")
+        limit = max(limit, 3 * plain)
+    assert difference < limit
+
+
+def after_resuming(folder: Path, recipe: str, weights: str, variant: str) -> float:
+    """The largest relative difference of a loss to a run that was not interrupted."""
+    folder = folder / variant
+    folder.mkdir()
+    config = write(folder, "dense", variant=variant)
     form = "e4m3" if recipe == "blockwise" else "hybrid"
     common = (*RUN, "train-iters=8", f"fp8-format={form}", f"fp8-recipe={recipe}")
     if weights == "fp8 weights":
         common = (*common, "fp8-param-gather=true")
-    whole = pretrain(config, tmp_path / "whole", *common)
-    pretrain(config, tmp_path / "run", *common, "exit-interval=4", "save-interval=4")
-    parts = pretrain(config, tmp_path / "run", *common)
+    whole = pretrain(config, folder / "whole", *common)
+    pretrain(config, folder / "run", *common, "exit-interval=4", "save-interval=4")
+    parts = pretrain(config, folder / "run", *common)
     assert len(whole) == len(parts) == 8
-    difference = max(abs(a - b) / b for a, b in zip(parts, whole, strict=True))
-    print(f"{recipe}: largest relative difference of a loss after resuming {difference:.1e}")
-    assert difference < 1e-6
+    return max(abs(a - b) / b for a, b in zip(parts, whole, strict=True))
