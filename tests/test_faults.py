@@ -18,7 +18,7 @@ import psutil
 import pytest
 import soak
 import torch
-from test_pretrain import CONTEXT, arguments, launch, records, weights
+from test_pretrain import arguments, forked, launch, records, weights
 
 from launch import supervise
 from launch.environment import check_resiliency
@@ -52,8 +52,7 @@ def whole_run(config, tmp_path_factory) -> Path:
 
 def faulty(words: list[str], output: Path, fault: str, iteration: int) -> int:
     """Exit code of a run in which something goes wrong."""
-    process = CONTEXT.Process(target=fault_job.run, args=(words, str(output), fault, iteration))
-    process.start()
+    process = forked(fault_job.run, words, str(output), fault, iteration)
     process.join(120)
     return process.exitcode
 
@@ -167,8 +166,7 @@ def test_a_collective_that_never_ends_prints_the_stacks_of_those_who_wait(config
         environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         given = (words, str(tmp_path / f"out-{rank}"), fault, 3, environment)
-        processes.append(CONTEXT.Process(target=fault_job.run, args=given))
-        processes[-1].start()
+        processes.append(forked(fault_job.run, *given))
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [1, 1]
