@@ -3,6 +3,8 @@
 import contextlib
 import importlib.metadata
 import json
+import multiprocessing
+import multiprocessing.managers
 import os
 import shutil
 import signal
@@ -12,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from queue import Empty
 
 import fault_job
 import psutil
@@ -427,7 +430,13 @@ def test_a_run_that_does_not_say_how_it_ended_is_not_complete(tmp_path):
 
 def test_asked_to_stop_while_waiting_for_the_next_attempt(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "PAUSE", 30.0)
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+
+    def stop() -> None:
+        while len(supervise.history(tmp_path / "run")) < 2:  # no pause before the second attempt
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=stop, daemon=True).start()
     code, history, requeued = supervised(tmp_path, "exit 1", attempts=9)
     assert (code, requeued) == (0, 1) and {a.verdict for a in history} == {"again"}
 
@@ -467,6 +476,18 @@ if __name__ == "__main__":
     while Path(f"/proc/{manager}").exists() and time.time() < end:
         time.sleep(0.05)
     assert not Path(f"/proc/{manager}").exists()
+
+
+def test_the_writers_manager_stays_small():
+    """It keeps results of saves, and imports nothing for them."""
+    manager = multiprocessing.managers.SyncManager(ctx=multiprocessing.get_context("spawn"))
+    with manager:
+        queue = faults._PackedQueue(manager.Queue())
+        queue.put({"a result": torch.float32})
+        assert "libtorch" not in Path(f"/proc/{manager._process.pid}/maps").read_text()
+        assert queue.get_nowait() == {"a result": torch.float32}
+        with pytest.raises(Empty):
+            queue.get_nowait()
 
 
 def test_notes_are_read_back_in_order_and_cut_ones_left_out(tmp_path):

@@ -122,10 +122,11 @@ def _serve() -> None:
 def _import_everything() -> None:
     import torch
 
-    from mhc_megatron import cpu
+    from mhc_megatron import cpu, faults
 
     torch.set_num_threads(1)
     cpu.enable()
+    faults.guard_checkpoint_writers()  # as launch/pretrain.py; for the seconds that it saves
     for name in ("tests.distributed.job", "mhc_megatron.training", *_LATE_IMPORTS):
         importlib.import_module(name)
 
