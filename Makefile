@@ -5,6 +5,10 @@ export PATH := $(PATH):/usr/local/bin:/usr/bin:/bin
 export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
 python := .venv/bin/python
 
+# Two processes test: one file's tests stay in one of them, as fixtures are made once a file.
+JOBS ?= 2
+pytest = $(python) -m pytest --ignore=tests/gpu -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-all test-gpu lint lock clean distclean
 
@@ -18,10 +22,10 @@ train: setup ## pretrain a small GPT with mHC and without, on CPU or GPU, and wr
 	@$(python) launch/train_tiny.py $(ARGS)
 
 test: setup ## the tests that run on CPUs in minutes; ARGS="-k sinkhorn" chooses
-	@$(python) -m pytest --ignore=tests/gpu -m "not gpu and not slow" $(ARGS)
+	@$(pytest) -m "not gpu and not slow" $(ARGS)
 
 test-all: setup ## all tests for CPUs, the slow ones too
-	@$(python) -m pytest --ignore=tests/gpu -m "not gpu" $(ARGS)
+	@$(pytest) -m "not gpu" $(ARGS)
 
 test-gpu: setup ## the tests that need a CUDA device
 	@$(python) -m pytest tests/gpu $(ARGS)

@@ -121,6 +121,12 @@ class _CudaIsCpu(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        # Almost all calls name no device. They come here too: keep their way short.
+        if func not in _NAMES_A_DEVICE:
+            if not kwargs:
+                return func(*args)
+            if "device" not in kwargs and "pin_memory" not in kwargs:
+                return func(*args, **kwargs)
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             name = func(*args)
@@ -135,6 +141,10 @@ class _CudaIsCpu(TorchFunctionMode):
         if func is torch.Tensor.to and any(_is_cuda(a) for a in args[1:]):
             args = (args[0], *(torch.device("cpu") if _is_cuda(a) else a for a in args[1:]))
         return func(*args, **kwargs)
+
+
+#: What may name a device without a keyword.
+_NAMES_A_DEVICE = frozenset({torch.Tensor.type, torch.Tensor.cuda, torch.Tensor.to})
 
 
 def _stay_during_backward(mode: TorchFunctionMode) -> None:

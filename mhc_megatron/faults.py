@@ -22,6 +22,7 @@ import multiprocessing
 import multiprocessing.managers
 import multiprocessing.util
 import os
+import pickle
 import signal
 import socket
 import tempfile
@@ -92,7 +93,7 @@ def guard_checkpoint_writers() -> None:
 
     Under core/dist_checkpointing/strategies: a manager (filesystem_async.py:53, ``ctx.Manager()``)
     and, with ``async-save``, a writer (async_utils.py:380). Either serves for ever and takes
-    300 MB. Here they begin with ``_end_with_parent``.
+    300 MB or more. Here they begin with ``_end_with_parent``, and the manager stays small.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async as module
 
@@ -101,12 +102,32 @@ def guard_checkpoint_writers() -> None:
             # Its class, not the function of that name: only it takes an initializer.
             manager = multiprocessing.managers.SyncManager(ctx=multiprocessing.get_context(mp_mode))
             manager.start(initializer=_end_with_parent)
-            module._results_queue = manager.Queue()
+            module._results_queue = _PackedQueue(manager.Queue())
             module._results_queue.manager = manager  # the process ends with the last reference
         return module._results_queue
 
     module.get_write_results_queue = get_write_results_queue
     _guard_asynchronous_writer()
+
+
+class _PackedQueue:
+    """A manager's queue that is given bytes.
+
+    The manager unpickles what it keeps. A save's results as they are make it import torch, which
+    takes the first save some 3 s and the node 500 MB a rank.
+    """
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def __reduce__(self):
+        return _PackedQueue, (self._queue,)  # for a writer: without the manager itself
+
+    def put(self, item: Any) -> None:
+        self._queue.put(pickle.dumps(item))
+
+    def get_nowait(self) -> Any:
+        return pickle.loads(self._queue.get_nowait())
 
 
 def _guard_asynchronous_writer() -> None:

@@ -3,12 +3,31 @@
 import os
 from collections.abc import Iterator
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes test, and start others
+
 import pytest
 import torch
 
 from tests.distributed.cluster import Cluster
 
 torch.set_num_threads(1)
+
+#: Files that take the longest, in that order: they are begun first, so that processes end together.
+LONG = (
+    "test_slurm.py",
+    "test_layouts.py",
+    "test_pretrain.py",
+    "test_checkpoint.py",
+    "test_kernels.py",
+    "test_faults.py",
+    "test_convert_huggingface.py",
+    "test_overlap.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(scope="session")

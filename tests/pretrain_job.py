@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 
+import megatron.core.tokenizers.text  # noqa: F401  and with it transformers
 import megatron.training.arguments  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 

@@ -3,6 +3,8 @@
 import contextlib
 import importlib.metadata
 import json
+import multiprocessing
+import multiprocessing.managers
 import os
 import shutil
 import signal
@@ -12,13 +14,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from queue import Empty
 
 import fault_job
 import psutil
 import pytest
 import soak
 import torch
-from test_pretrain import CONTEXT, arguments, launch, records, weights
+from test_pretrain import arguments, forked, launch, records, weights
 
 from launch import supervise
 from launch.environment import check_resiliency
@@ -52,8 +55,7 @@ def whole_run(config, tmp_path_factory) -> Path:
 
 def faulty(words: list[str], output: Path, fault: str, iteration: int) -> int:
     """Exit code of a run in which something goes wrong."""
-    process = CONTEXT.Process(target=fault_job.run, args=(words, str(output), fault, iteration))
-    process.start()
+    process = forked(fault_job.run, words, str(output), fault, iteration)
     process.join(120)
     return process.exitcode
 
@@ -167,8 +169,7 @@ def test_a_collective_that_never_ends_prints_the_stacks_of_those_who_wait(config
         environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         given = (words, str(tmp_path / f"out-{rank}"), fault, 3, environment)
-        processes.append(CONTEXT.Process(target=fault_job.run, args=given))
-        processes[-1].start()
+        processes.append(forked(fault_job.run, *given))
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [1, 1]
@@ -429,7 +430,13 @@ def test_a_run_that_does_not_say_how_it_ended_is_not_complete(tmp_path):
 
 def test_asked_to_stop_while_waiting_for_the_next_attempt(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "PAUSE", 30.0)
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+
+    def stop() -> None:
+        while len(supervise.history(tmp_path / "run")) < 2:  # no pause before the second attempt
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=stop, daemon=True).start()
     code, history, requeued = supervised(tmp_path, "exit 1", attempts=9)
     assert (code, requeued) == (0, 1) and {a.verdict for a in history} == {"again"}
 
@@ -469,6 +476,18 @@ if __name__ == "__main__":
     while Path(f"/proc/{manager}").exists() and time.time() < end:
         time.sleep(0.05)
     assert not Path(f"/proc/{manager}").exists()
+
+
+def test_the_writers_manager_stays_small():
+    """It keeps results of saves, and imports nothing for them."""
+    manager = multiprocessing.managers.SyncManager(ctx=multiprocessing.get_context("spawn"))
+    with manager:
+        queue = faults._PackedQueue(manager.Queue())
+        queue.put({"a result": torch.float32})
+        assert "libtorch" not in Path(f"/proc/{manager._process.pid}/maps").read_text()
+        assert queue.get_nowait() == {"a result": torch.float32}
+        with pytest.raises(Empty):
+            queue.get_nowait()
 
 
 def test_notes_are_read_back_in_order_and_cut_ones_left_out(tmp_path):

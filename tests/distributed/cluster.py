@@ -11,6 +11,7 @@ the next one.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -29,6 +30,9 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 
 #: Seconds that a job may take before its processes are ended.
 JOB_SECONDS = 180
+
+#: What a training run imports while it starts, seconds of each rank's time.
+_LATE_IMPORTS = ("megatron.core.tokenizers.text", "torch.utils.tensorboard")
 
 #: What is said of a rank whose process is gone.
 _KILLED = "ended without an answer"
@@ -105,6 +109,8 @@ def _serve() -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print goes to stderr
     _import_everything()
+    gc.collect()
+    gc.freeze()  # no collection in a rank looks at what was imported here
     while True:
         try:
             function, world, job = _receive(requests)
@@ -116,11 +122,13 @@ def _serve() -> None:
 def _import_everything() -> None:
     import torch
 
-    from mhc_megatron import cpu
+    from mhc_megatron import cpu, faults
 
     torch.set_num_threads(1)
     cpu.enable()
-    importlib.import_module("tests.distributed.job")
+    faults.guard_checkpoint_writers()  # as launch/pretrain.py; for the seconds that it saves
+    for name in ("tests.distributed.job", "mhc_megatron.training", *_LATE_IMPORTS):
+        importlib.import_module(name)
 
 
 def _run(function: str, world: int, job: dict[str, Any]) -> tuple[bool, Any]:
