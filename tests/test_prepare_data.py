@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tools import prepare_data
@@ -458,7 +458,9 @@ def test_verify_finds_an_edited_sidecar(pair: Path, data: st.DataObject) -> None
     digits = [i for i, character in enumerate(text) if character.isdigit()]
     place = data.draw(st.sampled_from(digits))
     digit = data.draw(st.sampled_from([d for d in "0123456789" if d != text[place]]))
-    path.write_text(text[:place] + digit + text[place + 1 :])
+    edited = text[:place] + digit + text[place + 1 :]
+    assume(json.loads(edited) != json.loads(text))  # the 17th digit of a float may say nothing
+    path.write_text(edited)
     try:
         with pytest.raises(CorpusError):
             verify(str(pair))
