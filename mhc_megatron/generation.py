@@ -30,12 +30,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from mhc_megatron import cpu
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
-from mhc_megatron.training import (
-    MHCHybridModelBuilder,
-    MHCModelBuilder,
-    MHCModelConfig,
-    model_config_from_args,
-)
+from mhc_megatron.training import model_config_from_args
 
 # ------------------------------------------------------------------------------------ checkpoints
 
@@ -210,11 +205,12 @@ def load_model(checkpoint: str, args: Namespace, mhc: MHCConfig) -> GPTModel | H
         vars(args).update(LOCAL)
     vars(args)["use_cpu_initialization"] = cpu.enabled()
     _one_process(args.seed)
-    if args.hybrid_layer_pattern is not None:  # neither stages nor a prediction layer
-        args.hybrid_layer_pattern = args.hybrid_layer_pattern.partition("/")[0].replace("|", "")
+    pattern = getattr(args, "hybrid_layer_pattern", None)  # other programs' checkpoints have none
+    # Neither stages nor a prediction layer.
+    args.hybrid_layer_pattern = pattern and pattern.partition("/")[0].replace("|", "")
     config = model_config_from_args(args, mhc)
-    builder = MHCModelBuilder if isinstance(config, MHCModelConfig) else MHCHybridModelBuilder
-    model = builder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    builder = config.get_builder_cls()(config)
+    model = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
     model = model.to(dtype=args.params_dtype, device="cuda").eval().requires_grad_(False)
     with _explained(checkpoint):
         metadata = dist_checkpointing.load_content_metadata(checkpoint)

@@ -31,12 +31,7 @@ from megatron.core.utils import get_model_config
 
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.pipeline import embedding_ranks
-from mhc_megatron.training import (
-    MHCHybridModelBuilder,
-    MHCHybridModelConfig,
-    MHCModelBuilder,
-    MHCModelConfig,
-)
+from mhc_megatron.training import MHCHybridModelConfig, MHCModelConfig
 from tests.distributed import deep_ep_on_gloo
 from tests.distributed.data import SEQUENCE, VOCABULARY
 
@@ -138,8 +133,7 @@ def build(
 ) -> list[torch.nn.Module]:
     """The model chunks of this rank, wrapped for training."""
     model = model_config(kind, layout, mhc)
-    builder = MHCHybridModelBuilder if hasattr(model, "hybrid_stack_spec") else MHCModelBuilder
-    return builder(model).build_distributed_models(
+    return model.get_builder_cls()(model).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
         ddp_config=DistributedDataParallelConfig(**ddp),
         data_parallel_random_init=False,
