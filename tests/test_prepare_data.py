@@ -459,7 +459,8 @@ def test_verify_finds_an_edited_sidecar(pair: Path, data: st.DataObject) -> None
     place = data.draw(st.sampled_from(digits))
     digit = data.draw(st.sampled_from([d for d in "0123456789" if d != text[place]]))
     edited = text[:place] + digit + text[place + 1 :]
-    assume(json.loads(edited) != json.loads(text))  # the 17th digit of a float may say nothing
+    with contextlib.suppress(json.JSONDecodeError):  # such as 012
+        assume(json.loads(edited) != json.loads(text))  # the 17th digit of a float may say nothing
     path.write_text(edited)
     try:
         with pytest.raises(CorpusError):
