@@ -22,6 +22,7 @@ train: setup ## pretrain a small GPT with mHC and without, on CPU or GPU, and wr
 	@$(python) launch/train_tiny.py $(ARGS)
 
 test: setup ## the tests that run on CPUs in minutes; ARGS="-k sinkhorn" chooses
+	@echo "Without the tests marked slow; make test-all runs them too."  # xdist counts no deselected
 	@$(pytest) -m "not gpu and not slow" $(ARGS)
 
 test-all: setup ## all tests for CPUs, the slow ones too
