@@ -103,10 +103,12 @@ def _parser() -> Parser:
     add("--minutes", type=float, default=7.0, help="for everything (default 7)")
     add("--parts", default=",".join(PARTS), help="comma-separated, in their order")
     add("--overlap-seconds", type=float, default=155.0)
+    add("--overlap-layers", type=int, default=2, help="of a chunk of the overlap's model")
+    add("--overlap-tokens", type=int, default=16384, help="of its microbatches")
     add("--training-seconds", type=float, default=115.0)
     add("--row-seconds", type=float, default=45.0, help="of a row of the layouts")
     add("--layers", type=int, default=4, help="of the training slice")
-    add("--tokens", type=int, default=8192, help="of the training slice, a GPU")
+    add("--tokens", type=int, default=16384, help="of the training slice, a GPU")
     return parser
 
 
@@ -215,6 +217,8 @@ def overlap(options: argparse.Namespace, found: dict[str, Any]) -> None:
         command += ["--layout", str(index), "--device", options.device, "--rounds", "3"]
         # A round or a profile that began goes on to its end.
         command += ["--seconds", f"{0.85 * seconds:.0f}"]
+        command += ["--layers", str(options.overlap_layers)]
+        command += ["--tokens", str(options.overlap_tokens)]
         if options.quick:
             command.append("--quick")
         error = ranks.run(

@@ -277,6 +277,7 @@ def verify(path: Path, *, finite: bool = True) -> dict[str, int]:
                 _check_finite(f"{source.path}: {key}", value)
         counts["tensors"] += 1
     if isinstance(source, TorchDistSource):
+        source.check_coverage()
         _check_objects(source)
         _check_layers(source)
     return counts

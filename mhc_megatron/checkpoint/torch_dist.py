@@ -19,8 +19,10 @@ import hashlib
 import io
 import json
 import math
+import operator
 import os
 import pickle
+import pickletools
 import re
 import zipfile
 from argparse import Namespace
@@ -156,14 +158,45 @@ class TorchDistSource(Source):
             else:
                 self.objects.append(key)
         self.places = {(i.fqn, _tuple(i.offset)): s for i, s in self.metadata.storage_data.items()}
+        self._check_places()
         self._check_files()
         self._common: dict[str, Any] | None = None
+
+    def _check_places(self) -> None:
+        """Every chunk and object has one place in the files, and no place is of another."""
+        needed = {(key, offset) for key in self.tensors for offset, _ in self.chunks(key)}
+        needed |= {(key, None) for key in self.objects}
+        for key, offset in sorted(needed ^ self.places.keys(), key=str):
+            at = "" if offset is None else f" at {list(offset)}"
+            lack = "no place in the files" if (key, offset) in needed else "a place and no shape"
+            raise UserError(f"{self.path}/.metadata is damaged: {key}{at} has {lack}.")
+
+    def check_coverage(self) -> None:
+        """Every byte of the shards belongs to one chunk.
+
+        Writers put archives one after the other. A byte left over tells that a name was lost:
+        where it became another tensor's, only one of the two entries is read from ``.metadata``.
+
+        Raises:
+            UserError: bytes of no chunk, or of two.
+        """
+        pieces: dict[str, list[tuple[int, int]]] = {}
+        for place in self.places.values():
+            pieces.setdefault(place.relative_path, []).append((place.offset, place.length))
+        for name, found in sorted(pieces.items()):
+            end = 0
+            for offset, length in [*sorted(found), ((self.path / name).stat().st_size, 0)]:
+                if offset != end:
+                    which = "to no tensor" if offset > end else "to two tensors"
+                    raise UserError(
+                        f"{self.path}/.metadata is damaged: bytes {min(offset, end)} to "
+                        f"{max(offset, end)} of {name} belong {which}."
+                    )
+                end = offset + length
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
         for place in self.places.values():
-            if place.offset < 0 or place.length < 0 or "/" in place.relative_path:
-                raise UserError(f"{self.path}/.metadata is damaged.")
             end = place.offset + place.length
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), end)
         for name, end in sorted(ends.items()):
@@ -325,17 +358,32 @@ def read_metadata(path: Path) -> Metadata:
         UserError: unreadable, damaged, or holding what a checkpoint does not hold.
     """
     try:
-        with open(path / ".metadata", "rb") as f:
-            metadata = _Unpickler(f).load()
+        data = (path / ".metadata").read_bytes()
+        _check_memo(data)
+        metadata = _Unpickler(io.BytesIO(data)).load()
         for value in metadata.state_dict_metadata.values():
             if not isinstance(value, BytesStorageMetadata):
                 _check_chunks(value)
-        list(metadata.storage_data.items())
+        for index, place in metadata.storage_data.items():
+            _check_place(index, place)
         return metadata
     except OSError as error:
         raise UserError(f"cannot read {path}/.metadata: {error.strerror}.") from error
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"{path}/.metadata is damaged ({error}).") from error
+
+
+def _check_memo(data: bytes) -> None:
+    """A pickle numbers what it remembers 0, 1, 2, ...
+
+    The unpickler makes room for any number: four bytes of damage ask for 64 GB.
+    """
+    remembered = 0
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            if argument > remembered:
+                raise ValueError("an object's number is too large")
+            remembered += 1
 
 
 def _check_chunks(value: TensorStorageMetadata) -> None:
@@ -347,8 +395,23 @@ def _check_chunks(value: TensorStorageMetadata) -> None:
         if not all(0 <= offset and offset + length <= end for offset, length, end in box):
             raise ValueError("a chunk lies outside its tensor")
         total += math.prod(chunk.sizes)
-    if total != math.prod(size):
+    ends = [
+        max((c.offsets[axis] + c.sizes[axis] for c in value.chunks), default=0)
+        for axis in range(len(size))
+    ]
+    if total != math.prod(size) or ends != list(size):
         raise ValueError("chunks do not fill their tensor")
+
+
+def _check_place(index: MetadataIndex, place: _StorageInfo) -> None:
+    if not isinstance(index.fqn, str) or not isinstance(place.relative_path, str):
+        raise ValueError("a name is no text")
+    if index.offset is not None and not all(isinstance(i, int) for i in index.offset):
+        raise ValueError("an offset is no number")
+    if not place.relative_path or "/" in place.relative_path or "\0" in place.relative_path:
+        raise ValueError(f"{place.relative_path!r} is no file's name")
+    if min(operator.index(place.offset), operator.index(place.length)) < 0:
+        raise ValueError("a place in the files is negative")
 
 
 def check_archive(archive: Any, where: str) -> None:

@@ -138,7 +138,7 @@ def entries(world: int, quick: bool) -> list[Entry]:
     largest = min(world, 8)
 
     def rank(entry: Entry) -> tuple:
-        first = entry.row.name in FIRST if world < 4 else entry.world == largest
+        first = entry.row.name in FIRST or (world >= 4 and entry.world == largest)
         # Hybrid stacks last: their layers ask for packages that a machine may lack.
         return not first, "hybrid" in entry.row.kind, entry.world == 1, order.index(entry.precision)
 

@@ -18,11 +18,12 @@ def run(command: list[str], world: int, seconds: float, log: Path, **variables: 
     """Run ``command`` (words after the interpreter) on ``world`` ranks; returns why it failed.
 
     All output is appended to ``log``. Empty where every rank ended with 0. When one fails, the
-    others have five seconds.
+    others have five seconds. Those that have not ended then say in ``log`` where they are.
     """
     environment = os.environ | variables
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
+    environment["PYTHONFAULTHANDLER"] = "1"  # stacks of what had to be ended
     if world > 1:
         environment |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                         "MASTER_PORT": str(_free_port())}  # fmt: skip
@@ -42,7 +43,10 @@ def run(command: list[str], world: int, seconds: float, log: Path, **variables: 
             for r in range(world)
         ]
         try:
-            return _wait(ranks, deadline, seconds)
+            found = _wait(ranks, deadline, seconds)
+            if found:
+                _print_stacks(ranks)
+            return found
         finally:
             for rank in ranks:
                 try:
@@ -62,6 +66,16 @@ def _wait(ranks: list[subprocess.Popen], deadline: float, seconds: float) -> str
             if failed:
                 return f"rank {failed[0][0]} ended with {failed[0][1]}"
             return "" if None not in codes else LATE.format(seconds)
+        time.sleep(0.1)
+
+
+def _print_stacks(ranks: list[subprocess.Popen]) -> None:
+    """Those still at work end with the stacks of their threads in the log."""
+    alive = [rank for rank in ranks if rank.poll() is None]
+    for rank in alive:
+        rank.send_signal(signal.SIGABRT)
+    deadline = time.monotonic() + 3
+    while any(rank.poll() is None for rank in alive) and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
