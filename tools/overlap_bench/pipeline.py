@@ -165,9 +165,22 @@ class Models:
             f"{self.shape.experts} experts a rank"
         )
 
-    def step(self, row: Row) -> float:
-        """Milliseconds of a step, forward and backward; the slowest rank's."""
-        return _over_ranks(self._run(row), max)
+    def step(self, row: Row) -> tuple[float, int]:
+        """Milliseconds of a step, forward and backward, of the slowest rank; and how often the
+        allocator of a rank gave memory back to find some, which waits for the GPU.
+
+        A step that is not timed goes before it: the row before leaves memory in other sizes and
+        other streams' pools.
+        """
+        self._run(row)
+        before = _retries()
+        ms = self._run(row)
+        return _over_ranks(ms, max), int(_over_ranks(_retries() - before, max))
+
+    def reserved(self) -> float:
+        """GiB that the allocator holds, the most of any rank."""
+        held = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+        return _over_ranks(held / 2**30, max)
 
     def _run(self, row: Row) -> float:
         """This rank's milliseconds; all begin when the last one is ready."""
@@ -225,6 +238,12 @@ class Models:
 def _loss(out: torch.Tensor):
     loss = out.float().mean()
     return loss, {"loss": loss.detach()}
+
+
+def _retries() -> int:
+    if not torch.cuda.is_available():
+        return 0
+    return torch.cuda.memory_stats().get("num_alloc_retries", 0)
 
 
 def _over_ranks(value: float, reduce: Callable[[Iterable[float]], float]) -> float:
