@@ -104,7 +104,7 @@ def _parser() -> Parser:
     add("--parts", default=",".join(PARTS), help="comma-separated, in their order")
     add("--overlap-seconds", type=float, default=155.0)
     add("--overlap-layers", type=int, default=2, help="of a chunk of the overlap's model")
-    add("--overlap-tokens", type=int, default=16384, help="of its microbatches")
+    add("--overlap-tokens", type=int, default=12288, help="of its microbatches")
     add("--training-seconds", type=float, default=115.0)
     add("--row-seconds", type=float, default=45.0, help="of a row of the layouts")
     add("--layers", type=int, default=4, help="of the training slice")
