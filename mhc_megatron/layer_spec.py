@@ -339,18 +339,19 @@ class HyperConnectedLayer(MegatronModule):
         # kernel; the write would then record a graph that nobody uses.
         self.bias_dropout_add_exec_handler = contextlib.nullcontext
         if not isinstance(self.self_attention, IdentityOp):
-            self.attn_hc = self._connect("attn", 0, self.input_layernorm)
+            self.attn_hc = self._connect("attn", 0, self.input_layernorm, stacked)
             if self.recompute_input_layernorm:
                 self.recompute_input_layernorm = False
                 recompute_norm(self.input_layernorm, self.attn_hc, config)
             self.self_attn_bda = self.attn_hc.write
         if not isinstance(self.mlp, IdentityOp):
-            self.mlp_hc = self._connect("mlp", 1, self.pre_mlp_layernorm)
+            self.mlp_hc = self._connect("mlp", 1, self.pre_mlp_layernorm, stacked)
             if self.recompute_pre_mlp_layernorm:
                 self.recompute_pre_mlp_layernorm = False
                 recompute_norm(self.pre_mlp_layernorm, self.mlp_hc, config)
             self.mlp_bda = self.mlp_hc.write
-        chain = chain or Chain()
+        # Between two prediction layers the streams end: no chain leads from one to the next.
+        chain = Chain() if chain is None or self.is_mtp_layer else chain
         for connection in (getattr(self, name, None) for name in ("attn_hc", "mlp_hc")):
             if connection is not None:
                 chain.append(connection, config, lambda: None if stacked else self._blocks())
@@ -358,12 +359,14 @@ class HyperConnectedLayer(MegatronModule):
         if self.is_mtp_layer and not stacked:
             self.exit = Exit(mhc, self.C, parameter_device(config), config.sequence_parallel)
 
-    def _connect(self, kind: str, offset: int, norm: torch.nn.Module) -> HyperConnection:
+    def _connect(
+        self, kind: str, offset: int, norm: torch.nn.Module, stacked: bool
+    ) -> HyperConnection:
         prefix = "mtp" if self.is_mtp_layer else ""
         connection = HyperConnection(
             self.mhc,
             self.C,
-            2 * (self.layer_number - 1) + offset,
+            self.layer_number - 1 if stacked else 2 * (self.layer_number - 1) + offset,
             f"{prefix}{self.layer_number - 1}.{kind}",
             device=parameter_device(self.config),
             sequence_parallel=self.config.sequence_parallel,
@@ -376,6 +379,12 @@ class HyperConnectedLayer(MegatronModule):
             norm.register_forward_hook(lambda norm, inputs, out: connection.normed(norm, out))
         return connection
 
+    def _enter(self, hidden_states: Tensor) -> Tensor:
+        # A prediction layer's input is half precision also where the streams are float32.
+        if self.config.fp32_residual_connection:
+            hidden_states = hidden_states.float()
+        return enter(hidden_states, self.mhc.n)
+
     def _blocks(self) -> Recompute | None:
         return recompute_of(self.mhc, self.config, get_pg_rank(self.pg_collection.pp))
 
@@ -383,7 +392,7 @@ class HyperConnectedLayer(MegatronModule):
         # A schedule plan calls this, not ``forward``, and gives an MTP layer [s, b, C].
         if self.planned:
             if hidden_states.shape[-1] == self.C:
-                hidden_states = enter(hidden_states, self.mhc.n)
+                hidden_states = self._enter(hidden_states)
             hidden_states = self.attn_hc(hidden_states, head=True)
         return super()._forward_attention(hidden_states, *args, **kwargs)
 
@@ -399,7 +408,7 @@ class HyperConnectedLayer(MegatronModule):
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         if hidden_states.shape[-1] == self.C:
-            hidden_states = enter(hidden_states, self.mhc.n)
+            hidden_states = self._enter(hidden_states)
         first = self.attn_hc if hasattr(self, "attn_hc") else self.mlp_hc
         hidden_states = first(hidden_states, head=True)
         hidden_states, context = super().forward(hidden_states, *args, **kwargs)
@@ -428,7 +437,7 @@ class HyperConnectedLayer(MegatronModule):
         else:
             hidden_states = kwargs.pop("hidden_states")
         if hidden_states.shape[-1] == self.C:
-            hidden_states = enter(hidden_states, self.mhc.n)
+            hidden_states = self._enter(hidden_states)
         output, context = super()._te_cuda_graph_replay(hidden_states, *args, **kwargs)
         return output if self.exit is None else self.exit(output), context
 

@@ -275,7 +275,9 @@ class Observer:
 
     def _watch_gains(self, step: int, gains) -> None:
         """Prometheus, and an alarm when the composite gain passes ``run.alarm_gain``."""
-        worst = max(gains.composite_forward_max[-1], gains.composite_backward_max[-1])
+        worst = max(
+            gains.composite_forward_max[gains.last], gains.composite_backward_max[gains.last]
+        )
         alarm = bool(self.alarm_gain) and not worst <= self.alarm_gain  # a NaN is one too
         if alarm and not self._alarmed:
             self.metrics.alarm(iteration=step, gain=worst, threshold=self.alarm_gain)
@@ -287,7 +289,7 @@ class Observer:
         if self.exporter is not None:
             for direction in ("forward", "backward"):
                 for side in ("max", "min"):
-                    value = getattr(gains, f"composite_{direction}_{side}")[-1]
+                    value = getattr(gains, f"composite_{direction}_{side}")[gains.last]
                     self.exporter.set("mhc_composite_gain", value, direction=direction, side=side)
             error = max(*gains.row_error, *gains.column_error)
             self.exporter.write({"mhc_sinkhorn_error": error, "mhc_gain_alarm": float(alarm)})
@@ -299,7 +301,7 @@ class Observer:
         for field in dataclasses.fields(gains):
             values = getattr(gains, field.name)
             if field.name.startswith("composite"):
-                writer.add_scalar(f"mhc/{field.name}", values[-1], step)
+                writer.add_scalar(f"mhc/{field.name}", values[gains.last], step)
             elif field.name != "sublayers":
                 worst = min(values) if field.name.endswith("_min") else max(values)
                 writer.add_scalar(f"mhc/{field.name}", worst, step)

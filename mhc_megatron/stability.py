@@ -41,6 +41,11 @@ class Gains:
     row_error: list[float]
     column_error: list[float]
 
+    @property
+    def last(self) -> int:
+        """The stack's last sublayer; MTP's come after it and are no part of its product."""
+        return sum(not name.startswith("mtp") for name in self.sublayers) - 1
+
 
 class Monitor:
     """Collects H_res of a step's first microbatch from every connection of the model chunks."""

@@ -520,6 +520,12 @@ def explain_checkpoint_errors(mhc: MHCConfig, say: Callable[[str], None] = print
                     "layout has it: go on in that one, save it there with "
                     "dist-ckpt-optim-fully-reshardable: true, or set no-load-optim: true."
                 ) from error
+            if _names_a_group(error):
+                raise UserError(
+                    f"the checkpoint in {get_args().load} has no group of parameters with this "
+                    "run's learning rate and weight decay: keep its lr, min-lr, weight-decay, "
+                    "mhc.lr_mult and mhc.phi_weight_decay, or set no-load-optim: true."
+                ) from error
             raise UserError(
                 f"the checkpoint in {get_args().load} does not fit: {_innermost(error)}"
             ) from error
@@ -537,6 +543,13 @@ def explain_checkpoint_errors(mhc: MHCConfig, say: Callable[[str], None] = print
 
     megatron_training.load_checkpoint = explained
     checkpointing.check_checkpoint_args = compared
+
+
+def _names_a_group(error: BaseException) -> bool:
+    """Megatron tells groups of parameters by their rates (optimizer/optimizer.py, distrib_optimizer
+    too), and says of one that is not in the checkpoint nothing but these numbers."""
+    key = error.args[0] if isinstance(error, KeyError) and error.args else None
+    return isinstance(key, tuple) or "Could not find parameter group" in str(error)
 
 
 def _innermost(error: BaseException) -> str:

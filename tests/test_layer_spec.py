@@ -267,3 +267,14 @@ def test_block_specs_keep_their_order_and_norm():
     ours = mhc_layer_spec(block, transformer_config(), MHCConfig())
     assert len(ours.layer_specs) == 2 and ours.layer_specs[0].submodules is spec.submodules
     assert spec.params is None or "mhc" not in spec.params
+
+
+def test_a_hybrid_stack_counts_its_layers_as_sublayers():
+    """By which ``init: static`` spreads the reads over the streams."""
+    from test_inference import model as any_model
+
+    from mhc_megatron.connection import HyperConnection
+
+    stack = any_model("hybrid *-", init="static").decoder
+    found = [m for m in stack.modules() if isinstance(m, HyperConnection)]
+    assert [connection.index for connection in found] == list(range(6))

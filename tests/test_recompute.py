@@ -237,6 +237,29 @@ def test_a_second_backward_through_the_same_graph() -> None:
     assert same_bits(*results)
 
 
+def test_prediction_layers_of_the_wrapped_spec_share_no_block() -> None:
+    """Megatron makes their block of the decoder's last layer, which may be wrapped already."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    from mhc_megatron.recompute import recomputes
+
+    def train(recompute: int):
+        gpt = model(recompute, layers=2, hidden_size=32, mtp_num_layers=2)
+        config, spec = gpt.config, gpt.transformer_layer_spec
+        torch.manual_seed(3)
+        mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
+        gpt = GPTModel(
+            config, spec, VOCAB, S, position_embedding_type="rope", mtp_block_spec=mtp
+        )
+        loss(gpt).backward()
+        return gpt
+
+    recomputed, kept = train(3), train(0)
+    assert [len(blocks.connections) for blocks in recomputes(recomputed)] == [4, 2, 2]
+    assert same_bits(gradients(recomputed), gradients(kept))
+
+
 def test_two_chunks_share_no_block() -> None:
     from mhc_megatron.recompute import recomputes
 

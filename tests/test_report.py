@@ -11,6 +11,7 @@ import struct
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -432,3 +433,11 @@ def test_a_colour_a_run(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_human(value: float | None, text: str) -> None:
     assert style.human(value) == text
+
+
+def test_the_composite_gain_is_the_stacks() -> None:
+    """Prediction layers come last; their products are their own."""
+    lists = {"composite_forward_max": np.array([2.0, 4.0, 1.5])}
+    record = SimpleNamespace(sublayers=("0.attn", "0.mlp", "mtp0.attn"), lists=lists)
+    run = SimpleNamespace(stability=[record])
+    assert summary.composite(run, "composite_forward_max").tolist() == [4.0]

@@ -1,8 +1,11 @@
 """Gains and errors of H_res."""
 
+from types import SimpleNamespace
+
 import torch
 
 from mhc_kernels import reference
+from mhc_megatron.observer import Observer
 from mhc_megatron.stability import gains
 
 
@@ -41,3 +44,22 @@ def test_mtp_sublayers_stand_apart():
     H = 2 * torch.eye(2)[None]
     got = gains(["0.attn", "1.attn", "mtp0.attn"], [H, H, H])
     assert got.composite_forward_max == [2, 4, 2]
+    assert got.sublayers[got.last] == "1.attn"
+
+
+def test_the_alarm_hears_the_stack_and_not_its_prediction_layers():
+    said, told = [], {}
+    observer = SimpleNamespace(
+        alarm_gain=10.0,
+        _alarmed=False,
+        metrics=SimpleNamespace(alarm=lambda **record: said.append(record["gain"])),
+        say=lambda text: None,
+        exporter=SimpleNamespace(
+            set=lambda name, value, **labels: told.setdefault(name, value),
+            write=lambda values: None,
+        ),
+    )
+    sublayers = ["0.attn", "0.mlp", "1.attn", "1.mlp", "mtp0.attn", "mtp0.mlp"]
+    H, still = 2 * torch.eye(4)[None], torch.eye(4)[None]
+    Observer._watch_gains(observer, 100, gains(sublayers, [H] * 4 + [still] * 2))
+    assert said == [16.0] and told["mhc_composite_gain"] == 16.0

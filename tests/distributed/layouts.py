@@ -39,6 +39,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "grouped queries, QK norm": {"num_query_groups": 2, "qk_layernorm": True},
     "hidden dropout 0.1": {"hidden_dropout": 0.1, "add_bias_linear": True},
     "fp32 residual, bf16": {"fp32_residual_connection": True, "dtype": "bfloat16"},
+    "fp32 residual, MTP, bf16": {
+        "fp32_residual_connection": True,
+        "dtype": "bfloat16",
+        "mtp_num_layers": 1,
+    },
     "bf16": {"dtype": "bfloat16"},
     "MoE alltoall": MOE,
     "MoE alltoall, bf16": MOE | {"dtype": "bfloat16"},

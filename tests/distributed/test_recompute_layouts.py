@@ -42,6 +42,7 @@ CASES = [
     Case("hidden dropout 0.1", {}),
     Case("bf16", {}, slow=True),
     Case("fp32 residual, bf16", {}),
+    Case("fp32 residual, MTP, bf16", {}, L_r=(3, 2)),
     Case("MoE alltoall", {}, slow=True),
     Case("MoE alltoall", selective("moe", "layernorm")),
     Case("MoE allgather", {}, slow=True),

@@ -148,8 +148,16 @@ def _row(run: Run, reference: Run) -> Row:
 
 
 def composite(run: Run, name: str) -> Array:
-    """The gain of the product over all sublayers, one value a measurement."""
-    return np.array([record.lists[name][-1] for record in run.stability])
+    """The gain of the product over all sublayers of the stack, one value a measurement.
+
+    Prediction layers come last and have products of their own.
+    """
+    return np.array([record.lists[name][_stack(record.sublayers) - 1] for record in run.stability])
+
+
+def _stack(sublayers: Sequence[str]) -> int:
+    """The number of sublayers that belong to no prediction layer; all where every one does."""
+    return sum(not name.startswith("mtp") for name in sublayers) or len(sublayers)
 
 
 def _last_composite(run: Run, direction: str) -> float | None:
