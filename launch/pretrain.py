@@ -163,6 +163,7 @@ def _run(settings: Settings, console: TextIO | None) -> None:
 
         dali.install()
     faults.stop_when_asked()
+    faults.end_workers_at_exit()
     faults.guard_checkpoint_writers()
     seen = console if args.rank == args.world_size - 1 else None
     observer = Observer(settings.run, settings.mhc, seen)

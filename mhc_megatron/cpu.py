@@ -294,8 +294,10 @@ def stand_in_for_cuda() -> None:
     for name in ("range_push", "range_pop", "mark"):  # core/utils.py nvtx_range_push
         _replace(torch.cuda.nvtx, name, _nothing())
     _replace(torch.Tensor, "record_stream", _nothing())
-    # training/datasets/data_samplers.py
+    # training/datasets/data_samplers.py asks for pinned batches; torch's loader pins none where
+    # there is no accelerator, and with ``num-workers`` asks the driver for the current one.
     _replace(torch.Tensor, "pin_memory", lambda tensor, *device: tensor)
+    _replace(torch.accelerator, "is_available", lambda: False)
     # A loader draws a seed from the CPU's generator whenever it starts. On a GPU dropout has
     # another generator; here it is the same one, and a resumed run, which starts its loaders anew,
     # would part from one that was never stopped.

@@ -88,6 +88,22 @@ def die_with_launcher() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def end_workers_at_exit() -> None:
+    """Kill the data loader's workers that are left when this process exits.
+
+    They are sent SIGTERM then and waited for, but Megatron gives them a handler that takes it for
+    a request to the rank (training/datasets/data_samplers.py:95): a run that ended with an error
+    would never go.
+    """
+
+    def kill() -> None:
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
+
+    multiprocessing.util.Finalize(None, kill, exitpriority=5)
+
+
 def guard_checkpoint_writers() -> None:
     """Tie the processes that Megatron starts for its saves to their rank.
 

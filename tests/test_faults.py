@@ -535,3 +535,25 @@ child.kill()
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout.split("\n")[:2] == ["asked to stop", "None"], result.stderr
+
+
+def test_workers_that_heed_no_signal_do_not_hold_up_the_exit():
+    program = f"""
+import multiprocessing, signal, sys, time
+sys.path[:0] = [{str(ROOT)!r}]
+from mhc_megatron import faults
+
+def work(ready):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready.set()
+    time.sleep(60)
+
+context = multiprocessing.get_context("fork")
+ready = context.Event()
+faults.end_workers_at_exit()
+context.Process(target=work, args=(ready,), daemon=True).start()
+ready.wait()
+sys.exit(3)
+"""
+    result = subprocess.run([sys.executable, "-c", program], timeout=30)
+    assert result.returncode == 3

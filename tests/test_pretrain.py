@@ -223,6 +223,16 @@ def test_with_recompute_it_is_the_same_run(config, whole_run, tmp_path):
     assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
 
 
+def test_workers_of_the_loader_read_the_same_batches(config, whole_run, tmp_path):
+    run = tmp_path / "run"
+    words = arguments(config, run, "num-workers=2", "train-iters=6", "lr-decay-iters=12")
+    assert launch(words, tmp_path / "out") == 0, (tmp_path / "out").read_text()
+    ours, theirs = (
+        [record["loss"] for record in records(of, "train")[:6]] for of in (run, whole_run)
+    )
+    assert ours == theirs
+
+
 def test_plain_residuals_through_the_same_entry(config, tmp_path):
     run = tmp_path / "run"
     assert launch(arguments(config, run, "mhc.variant=none"), tmp_path / "out") == 0
