@@ -12,9 +12,11 @@ another way is noted in the run's faults.jsonl; launch/supervise.py starts it ag
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
+import tempfile
 import traceback
 from typing import Any, TextIO
 
@@ -70,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         _say(console, "interrupted before a checkpoint could be saved")
         return 130
     except BaseException as error:  # torch's CheckpointException is no Exception
-        traceback.print_exc()  # to the log; one line to the terminal
+        with contextlib.suppress(OSError):  # the disk of the log may be what is full
+            traceback.print_exc()  # to the log; one line to the terminal
         said = f"{type(error).__name__}: {error}"
         _say(console, f"error: {said.splitlines()[0]} (see {_log_path(run_dir)})")
         full = faults.is_full_disk(error) or faults.cannot_write(_checkpoints())
@@ -147,6 +150,8 @@ def _run(settings: Settings, console: TextIO | None) -> None:
     if cpu.enabled() or not torch.cuda.is_available():
         cpu.enable()
         values |= cpu.ARGUMENTS
+    for line in _own_checkpoints_first(values):
+        _say(console, line)
     args = parse(values)
     args.mhc = settings.mhc.to_mapping()  # travels in the checkpoint, to be compared on loading
     args.spiky_loss_ends_run = settings.run.loss_spike == "stop"
@@ -170,6 +175,44 @@ def _run(settings: Settings, console: TextIO | None) -> None:
     observer.attach()
     pretrain(args, settings.mhc, say=observer.say)
     observer.exit()
+
+
+def _own_checkpoints_first(values: dict[str, Any]) -> list[str]:
+    """A run that has saved goes on from there, also where ``load`` names what it began with.
+
+    Changes ``values``; returns what there is to say.
+
+    Raises:
+        UserError: ``save`` cannot be written to; ``load`` has no checkpoint.
+    """
+    from mhc_megatron.checkpoint.torch_dist import TRACKER
+
+    save, load = values.get("save"), values.get("load")
+    if save:
+        _check_writable(save)
+    if not load or (save and os.path.realpath(save) == os.path.realpath(load)):
+        return []
+    if save and os.path.exists(os.path.join(save, TRACKER)):
+        values["load"] = save
+        for key in ("finetune", "no-load-optim", "no-load-rng", "ckpt-step"):
+            values.pop(key, None)
+        return [f"going on from {save}; the run began with {load}"]
+    if not os.path.exists(os.path.join(load, TRACKER)) and values.get("ckpt-step") is None:
+        raise UserError(f"load: there is no checkpoint in {load}.")
+    return []
+
+
+def _check_writable(folder: str) -> None:
+    """A folder that cannot be saved into shows before the first step; nothing is made there."""
+    there = os.path.abspath(folder)
+    try:
+        while not os.path.isdir(there):
+            if os.path.lexists(there):  # a file, or a link to nothing
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            there = os.path.dirname(there)
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise UserError(f"save: cannot write to {folder}: {error.strerror}.") from error
 
 
 def _bad_results(settings: Settings) -> dict[str, Any]:
@@ -225,8 +268,9 @@ def _log_path(run_dir: str) -> str:
 
 def _say(console: TextIO, line: str) -> None:
     out = sys.stderr if console is sys.stdout else console
-    out.write(line + "\n")
-    out.flush()
+    with contextlib.suppress(OSError):  # a terminal, or a pipe's reader, that has gone
+        out.write(line + "\n")
+        out.flush()
 
 
 if __name__ == "__main__":

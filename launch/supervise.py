@@ -229,6 +229,9 @@ def judge(
     """What the end of an attempt means, from its exit code, the ranks' notes and the history."""
     noted = faults.read(str(run_dir), since=began)
     verdict, reason, bad = _verdict(code, noted, run_dir, began, asked_to_stop)
+    if verdict == AGAIN and faults.cannot_write(str(run_dir)):
+        # Neither a rank's note nor the count of attempts can be kept.
+        verdict, reason = GIVE_UP, f"the disk of the run's folder is full ({reason})"
     job = os.environ.get("SLURM_JOB_ID")
     result = Attempt(began, ended, code, checkpoint(run_dir), verdict, reason, bad, job)
     if verdict != AGAIN:
@@ -326,11 +329,28 @@ def _last_exit(run_dir: Path, began: float) -> Mapping[str, Any] | None:
 
 
 def checkpoint(run_dir: Path) -> int:
-    """The iteration that the run's tracker names; -1 where it names none."""
+    """The iteration of the run's newest checkpoint; -1 where there is none.
+
+    The tracker's; where ``save`` is another folder, that of the last save which the run recorded.
+    """
     try:
         return int((run_dir / "checkpoints" / TRACKER).read_text())
     except (OSError, ValueError):
+        return _last_save(run_dir)
+
+
+def _last_save(run_dir: Path) -> int:
+    try:
+        lines = (run_dir / "metrics.jsonl").read_bytes().splitlines()
+    except OSError:
         return -1
+    for line in reversed(lines):
+        if b'"save"' in line:
+            try:
+                return int(json.loads(line)["iteration"])
+            except (ValueError, KeyError, TypeError):
+                continue
+    return -1
 
 
 # --------------------------------------------------------------------------------------- history

@@ -325,11 +325,10 @@ class Observer:
         if self.console is None:
             return
         if self.console.isatty():
-            self.console.write(f"\r\x1b[2K{line}")
+            self._write(f"\r\x1b[2K{line}")
             self._line_open = True
         else:
-            self.console.write(line + "\n")
-        self.console.flush()
+            self._write(line + "\n")
 
     def say(self, line: str) -> None:
         """A line for the terminal and for this rank's log."""
@@ -338,9 +337,16 @@ class Observer:
 
     def _print(self, line: str) -> None:
         if self.console is not None:
-            self.console.write(("\n" if self._line_open else "") + line + "\n")
-            self.console.flush()
+            self._write(("\n" if self._line_open else "") + line + "\n")
         self._line_open = False
+
+    def _write(self, text: str) -> None:
+        """A terminal, or a pipe's reader, that has gone is no reason to end the run."""
+        try:
+            self.console.write(text)
+            self.console.flush()
+        except OSError:
+            self.console = None
 
 
 class _RemainingTime:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import inspect
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -242,7 +243,9 @@ def datasets(num_samples: list[int], vp_stage: int | None = None):
     """
     args = get_args()
     config = dataset_config(args)
-    check_data(config, args.padded_vocab_size, num_samples)
+    check_data(config, args.padded_vocab_size)
+    if config.path_to_cache:
+        config.path_to_cache = cache_folder(config.path_to_cache, _prefixes(config))
     build = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
         num_samples,
@@ -282,12 +285,30 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
     )
 
 
-def check_data(config: GPTDatasetConfig, padded_vocab_size: int, num_samples: list[int]) -> None:
-    """Look at every indexed file once, before Megatron builds anything on it."""
-    splits = [
-        bounds if samples else None
-        for bounds, samples in zip(config.split_matrix or (), num_samples)
-    ]
+def cache_folder(folder: str, prefixes: Sequence[str]) -> str:
+    """Where the indices of these corpora are cached, below ``folder``.
+
+    Megatron's key has a corpus's name and nothing of what is in it: one that was made anew under
+    its old name would be read by the old one's indices.
+    """
+    stamp = hashlib.sha256()
+    for prefix in prefixes:
+        for path in (f"{prefix}.bin", f"{prefix}.idx"):
+            stamp.update(str(os.path.getsize(path)).encode() + b";")
+        with open(f"{prefix}.idx", "rb") as f:  # documents' lengths first, their order last
+            stamp.update(f.read(1 << 16))
+            f.seek(max(0, os.path.getsize(f"{prefix}.idx") - (1 << 16)))
+            stamp.update(f.read())
+    return os.path.join(folder, stamp.hexdigest()[:12])
+
+
+def check_data(config: GPTDatasetConfig, padded_vocab_size: int) -> None:
+    """Look at every indexed file once, before Megatron builds anything on it.
+
+    It builds every set that has a share of the documents, also one of which no sample is asked
+    for, and would look for ever for one where the share has no document.
+    """
+    splits = list(config.split_matrix or ())
     for prefix in _prefixes(config):
         check_corpus(
             prefix,

@@ -116,6 +116,30 @@ def test_a_damaged_tracker_means_the_newest_whole_one(content, checkpoints):
     assert sound.choose(checkpoints).iteration == 8
 
 
+def test_without_a_tracker_the_newest_whole_one_is_taken(checkpoints):
+    """It is written last: the save was whole, or the file was lost."""
+    (checkpoints / sound.TRACKER).unlink()
+    truncate(checkpoints / "iter_0000012")
+    assert sound.choose(checkpoints).iteration == 8
+    for folder in checkpoints.glob("iter_*"):
+        if folder.name != "iter_0000012":
+            shutil.rmtree(folder)
+    assert sound.choose(checkpoints) is None  # a first save that did not end
+
+
+def test_the_supervisor_gives_up_where_nothing_can_be_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervise.faults, "cannot_write", lambda folder: True)
+    attempt = supervise.judge(time.time(), time.time(), 1, tmp_path, 3, None)
+    assert attempt.verdict == supervise.GIVE_UP and "is full" in attempt.reason
+
+
+def test_checkpoints_in_another_folder_are_progress(tmp_path):
+    records = [{"event": "save", "iteration": 40}, {"event": "train", "iteration": 41}]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert supervise.checkpoint(tmp_path) == 40
+
+
 def test_what_the_tracker_does_not_name_yet_is_not_taken(checkpoints):
     sound.set_tracker(checkpoints, 4)
     assert sound.choose(checkpoints) == sound.Choice(4, 4, [])

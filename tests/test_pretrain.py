@@ -8,7 +8,9 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -224,13 +226,44 @@ def test_with_recompute_it_is_the_same_run(config, whole_run, tmp_path):
 
 
 def test_workers_of_the_loader_read_the_same_batches(config, whole_run, tmp_path):
-    run = tmp_path / "run"
-    words = arguments(config, run, "num-workers=2", "train-iters=6", "lr-decay-iters=12")
-    assert launch(words, tmp_path / "out") == 0, (tmp_path / "out").read_text()
+    run = tmp_path / "run"  # a process of its own: workers of one that was forked differ
+    words = arguments(config, run, "num-workers=2", "exit-interval=6")
+    entry = Path(__file__).parents[1] / "launch" / "pretrain.py"
+    done = subprocess.run([sys.executable, entry, *words], capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stdout
     ours, theirs = (
         [record["loss"] for record in records(of, "train")[:6]] for of in (run, whole_run)
     )
     assert ours == theirs
+
+
+def test_a_run_that_began_elsewhere_goes_on_from_its_own_checkpoints(config, whole_run, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    begin = (f"load={whole_run / 'checkpoints'}", "finetune=true", "train-iters=12")
+    assert launch(arguments(config, run, *begin, "exit-interval=6"), out) == 0, out.read_text()
+    assert launch(arguments(config, run, *begin), out) == 0, out.read_text()
+    assert "going on from" in out.read_text()
+    assert records(run, "resume")[-1]["iteration"] == 6
+    assert [r["iteration"] for r in records(run, "train")] == list(range(1, 13))
+
+
+def test_without_a_tracker_the_newest_whole_checkpoint_is_taken(config, whole_run, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(whole_run, run)
+    (run / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
+    assert launch(arguments(config, run, "train-iters=12"), out) == 0, out.read_text()
+    assert "was damaged or missing. Going on from iteration 12" in " ".join(out.read_text().split())
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(config, tmp_path):
+    run = tmp_path / "run"
+    entry = Path(__file__).parents[1] / "launch" / "pretrain.py"
+    words = [sys.executable, str(entry), *arguments(config, run)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=120) == 0
+    assert records(run, "exit")[-1]["reason"] == "complete"
 
 
 def test_plain_residuals_through_the_same_entry(config, tmp_path):
@@ -280,6 +313,12 @@ BAD = {
         "a vocabulary of 257, larger than the model's 100",
     ),
     "split without a document": (["split=99,1,0"], "none falls to the validation set"),
+    "split that nobody asks for": (
+        ["split=99,1,0", "eval-iters=0"],
+        "none falls to the validation set",
+    ),
+    "nothing to load": (["load=runs/no-such-run"], "load: there is no checkpoint in runs/no-such"),
+    "a file to save into": (["save=/dev/null"], "save: cannot write to /dev/null"),
     "sequence longer than data": (
         ["seq-length=100000", "max-position-embeddings=100000"],
         "fewer than one sequence",

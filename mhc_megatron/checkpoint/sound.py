@@ -52,7 +52,7 @@ def choose(folder: str | os.PathLike[str]) -> Choice | None:
     folder = Path(folder)
     tracker = folder / TRACKER
     if not tracker.exists():
-        return None
+        return _without_tracker(folder)
     said = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if said == "release":
         return None
@@ -72,6 +72,20 @@ def choose(folder: str | os.PathLike[str]) -> Choice | None:
     if not candidates:
         raise UserError(f"{tracker} is damaged, and {folder} has no checkpoint.")
     raise UserError(f"no checkpoint in {folder} is whole: {' '.join(faults)}")
+
+
+def _without_tracker(folder: Path) -> Choice | None:
+    """The newest whole checkpoint: it is written before the tracker, which may be lost as well.
+
+    None where there is none: the first save did not end, and the run begins anew.
+    """
+    faults: list[str] = []
+    for iteration in iterations(folder) if folder.is_dir() else []:
+        fault = fault_of(folder / f"iter_{iteration:07d}")
+        if fault is None:
+            return Choice(iteration, None, faults)
+        faults.append(fault)
+    return None
 
 
 def iterations(folder: Path) -> list[int]:
@@ -144,7 +158,7 @@ def settle(folder: str | None) -> list[str]:
         else:
             if choice is not None and choice.iteration != choice.named:
                 set_tracker(folder, choice.iteration)
-                lost = choice.faults or [f"{Path(folder) / TRACKER} was damaged."]
+                lost = choice.faults or [f"{Path(folder) / TRACKER} was damaged or missing."]
                 said[1] = [*lost, f"Going on from iteration {choice.iteration} instead."]
     torch.distributed.broadcast_object_list(said, src=0)
     if said[0] is not None:
