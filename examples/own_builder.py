@@ -1,4 +1,4 @@
-"""Hyper-connections in a model builder of one's own: the two marked lines."""
+"""Hyper-connections in a model builder of one's own: mhc_layer_spec and widen_pipeline."""
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec

@@ -4,7 +4,7 @@
     launch/submit.py --config configs/mhc-27b.yaml --nodes 32 --profile h800 --dry-run
     launch/submit.py --config configs/mhc-27b.yaml --nodes 32 --profile h800 --chain 5
     launch/submit.py --sweep launch/slurm/sweep.example.yaml --nodes 2 --profile h100
-    launch/submit.py --profile h100 --convert -- upcycle --source hf/model --output checkpoints/0
+    launch/submit.py --profile h100 --convert -- upcycle checkpoints/llama checkpoints/llama-mhc
 
 What the site asks for comes from launch/slurm/site.yaml (--site); site.example.yaml explains it.
 --dry-run prints the script and submits nothing. --chain N submits the same run N times: Slurm

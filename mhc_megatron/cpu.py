@@ -255,7 +255,7 @@ def stand_in_for_cuda() -> None:
 
     answers: dict[str, Any] = {
         "is_available": lambda: True,  # training/initialize.py:66 asserts it
-        "device_count": lambda: 1,  # training/initialize.py:333
+        "device_count": lambda: 1,  # training/initialize.py:270
         "current_device": lambda: 0,
         "is_initialized": lambda: True,
         "get_device_capability": lambda *a: (0, 0),

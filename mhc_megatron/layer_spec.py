@@ -397,7 +397,7 @@ class HyperConnectedLayer(MegatronModule):
         return super()._forward_attention(hidden_states, *args, **kwargs)
 
     def init_backward_dw_wrapper(self) -> None:
-        # What a schedule plan calls first (models/gpt/fine_grained_callables.py:281). Megatron's
+        # What a schedule plan calls first (models/gpt/fine_grained_callables.py:273). Megatron's
         # own would detach x without its coefficients, and their gradients would be lost.
         if not overlap.planning():
             raise UserError(

@@ -241,7 +241,7 @@ def _experts(layer, megatrons: Callable, node: TransformerLayerNode, *inputs: Te
     out = megatrons(node, *inputs)
     checkpoint, node.layer_state.norm_checkpoint = node.layer_state.norm_checkpoint, None
     if checkpoint is not None:
-        # Where fine_grained_callables.py:211 does it for Megatron's own.
+        # Where fine_grained_callables.py:205 does it for Megatron's own.
         checkpoint.discard_output_and_register_recompute(out)
     return out
 

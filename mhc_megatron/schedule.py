@@ -56,7 +56,7 @@ def decay_in_steps(steps: Steps, args: Namespace) -> None:
     """Let Megatron's trainer decay the learning rate by ``steps``; nothing where there are none.
 
     The shares are of ``lr-decay-iters`` (or ``lr-decay-samples``), which are the whole run where
-    not set. Puts a subclass in the place of the scheduler class that training/training.py:1938
+    not set. Puts a subclass in the place of the scheduler class that training/training.py:1941
     builds. Once a process.
 
     Raises:

@@ -140,8 +140,8 @@ def _layer_spec(config: MHCModelConfig, vp_stage: int | None = None, *, base):
 def _hyper_connected_parts(mhc: MHCConfig):
     """Connections in the multi-token prediction block too, and a model that can overlap them.
 
-    ``GPTModelBuilder.build_model`` (training/models/gpt.py:293) makes the block's spec from the
-    plain layer, names GPTModel (:309) and has no parameters for others, so what it calls is
+    ``GPTModelBuilder.build_model`` (training/models/gpt.py:255) makes the block's spec from the
+    plain layer, names GPTModel (:307) and has no parameters for others, so what it calls is
     replaced meanwhile.
     """
     plain, model = megatron_gpt.mtp_block_spec, megatron_gpt.GPTModel

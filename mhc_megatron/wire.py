@@ -7,7 +7,7 @@ that, and so the loss differs), and no later layer mends it: the streams carry x
 each hop adds its error. Gradients travel as they are; the rounding is not differentiated.
 
 ``BlockScaled`` takes the place of Megatron's P2PCommunicator (megatron-core 0.19.2,
-pipeline_parallel/p2p_communication.py:135), which the schedules make themselves where none is
+pipeline_parallel/p2p_communication.py:140), which the schedules make themselves where none is
 given (schedules.py:1025 and :2025); their name for it is replaced.
 """
 

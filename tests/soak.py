@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Kill a small run at random moments, again and again, and see that nothing is lost by it.
 
     tests/soak.py --kills 100 --folder /tmp/soak

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Measure mHC kernels side by side: time, bytes, errors and saved memory.
 
     python tools/bench_kernels.py --out runs/kernels            # one Hopper GPU, the default shapes
@@ -35,15 +36,20 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-from kernel_bench import accuracy, results
-from kernel_bench.case import DTYPES, SUBLAYERS, Case, Inputs, make_inputs
-from kernel_bench.columns import COLUMNS, CPU_COLUMNS, Absent, Column, load
-from kernel_bench.results import ColumnResult, Run, ShapeResult
-from kernel_bench.tasks import make_tasks
-from kernel_bench.timing import EMPTY, FLUSH, GraphClock, Times, WallClock, copy_bandwidth
+_ROOT = Path(__file__).resolve().parents[1]
+for _path in (str(_ROOT / "kernels"), str(_ROOT)):
+    if _path not in sys.path:
+        sys.path.insert(0, _path)
 
-from mhc_kernels.reference import VARIANTS, phi_rows
+import torch  # noqa: E402
+from kernel_bench import accuracy, results  # noqa: E402
+from kernel_bench.case import DTYPES, SUBLAYERS, Case, Inputs, make_inputs  # noqa: E402
+from kernel_bench.columns import COLUMNS, CPU_COLUMNS, Absent, Column, load  # noqa: E402
+from kernel_bench.results import ColumnResult, Run, ShapeResult  # noqa: E402
+from kernel_bench.tasks import make_tasks  # noqa: E402
+from kernel_bench.timing import EMPTY, FLUSH, GraphClock, Times, WallClock, copy_bandwidth  # noqa: E402
+
+from mhc_kernels.reference import VARIANTS, phi_rows  # noqa: E402
 
 SHAPES = "4096x1280,4096x1920,4096x2560,16384x2560,8192x4096,4096x7168"
 QUICK_SHAPES = {"cuda": "4096x2560", "cpu": "64x32,64x64,128x64"}

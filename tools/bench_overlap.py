@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """What the overlap schedule hides, piece by piece.
 
     python tools/bench_overlap.py --out runs/overlap            # one GPU, an emulated wire

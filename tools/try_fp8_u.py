@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Experiment: the read writes norm(u) as FP8, as Transformer Engine's blockwise recipe would.
 
     python tools/try_fp8_u.py                          # one Hopper GPU, Transformer Engine 2.20

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Measures launch shapes of the kernels on this GPU and writes the shipped table.
 
     python tools/tune_kernels.py [--shapes 16384x2560,4096x1280] [--out tuned.json]

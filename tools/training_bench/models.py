@@ -120,7 +120,7 @@ class Model:
         )
 
     def _configure(self) -> None:
-        """What training/training.py:3360 sets on the model's configuration."""
+        """What training/training.py:3530 sets on the model's configuration."""
         config = get_model_config(self.chunks[0])
         config.finalize_model_grads_func = finalize_model_grads
         if self.optimizer is not None:
