@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import fcntl
 import os
 import sys
 import tempfile
+import time
 import traceback
 from typing import Any, TextIO
 
@@ -255,11 +257,41 @@ def _prepare_output(run_dir: str, verbose: bool) -> TextIO:
         os.makedirs(os.path.join(run_dir, "logs"), exist_ok=True)
         if not os.access(run_dir, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if os.environ.get("RANK", "0") == "0":
+            _lock(run_dir)
         if verbose:
             return sys.stdout
         return redirect_output(_log_path(run_dir))
     except OSError as error:
         raise UserError(f"cannot write to the run's folder {run_dir}: {error.strerror}.") from error
+
+
+#: Seconds in which a run that was killed may still end.
+_LOCK_WAIT = 20.0
+_locked: TextIO | None = None
+
+
+def _lock(run_dir: str) -> None:
+    """One run in a folder, for as long as this process lives; its children do not inherit it.
+
+    Raises:
+        UserError: another process has the folder.
+    """
+    global _locked
+    _locked = open(os.path.join(run_dir, "lock"), "a", encoding="utf-8")
+    until = time.monotonic() + _LOCK_WAIT
+    while True:
+        try:
+            fcntl.lockf(_locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return  # a file system without locks
+        if time.monotonic() > until:
+            raise UserError(
+                f"another process is training in {run_dir}; give this run a folder of its own."
+            )
+        time.sleep(0.2)
 
 
 def _log_path(run_dir: str) -> str:

@@ -255,6 +255,20 @@ def test_without_a_tracker_the_newest_whole_checkpoint_is_taken(config, whole_ru
     assert "was damaged or missing. Going on from iteration 12" in " ".join(out.read_text().split())
 
 
+@pytest.mark.slow  # waits for the other one to end
+def test_two_runs_at_once_in_one_folder(config, tmp_path):
+    run = tmp_path / "run"
+    entry = Path(__file__).parents[1] / "launch" / "pretrain.py"
+    first = [sys.executable, str(entry), *arguments(config, run, "train-iters=100000")]
+    with subprocess.Popen(first, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        second = arguments(config, run)
+        assert launch(second, tmp_path / "out") == 2
+        assert "another process is training in" in (tmp_path / "out").read_text()
+        process.kill()
+    assert len(records(run, "start")) == 1
+
+
 def test_a_reader_that_goes_away_does_not_end_the_run(config, tmp_path):
     run = tmp_path / "run"
     entry = Path(__file__).parents[1] / "launch" / "pretrain.py"
