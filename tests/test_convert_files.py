@@ -444,6 +444,33 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch) -> None:
         )
 
 
+def test_a_full_disk_leaves_the_old_checksums(tmp_path: Path, monkeypatch, capsys) -> None:
+    import errno
+
+    from tools.convert_checkpoint import main
+
+    folder = _folder(tmp_path / "a")
+    assert main(["verify", str(folder), "--record"]) == 0
+    before, write = (folder / convert.CHECKSUMS).read_bytes(), Path.write_text
+    capsys.readouterr()
+
+    def fills_up(path, text, **options):
+        write(path, "", **options)
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", fills_up)
+        assert main(["verify", str(folder), "--record"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert "No space left on device" in said.err
+    assert (folder / convert.CHECKSUMS).read_bytes() == before
+    assert not (folder / f"{convert.CHECKSUMS}.new").exists()
+    (folder / f"{convert.CHECKSUMS}.new").write_text("")  # what a SIGKILL leaves
+    assert main(["verify", str(folder), "--record"]) == 0
+    assert [p.name for p in folder.glob("checksums*")] == [convert.CHECKSUMS]
+
+
 def test_a_source_that_changed_is_not_resumed(tmp_path: Path, monkeypatch) -> None:
     folder = _folder(tmp_path / "a")
     plan = convert.Plan("safetensors", [folder], _copy(safetensors_io.SafetensorsSource(folder)))

@@ -297,13 +297,22 @@ def _write_checksums(root: Path, plan: Plan, done: dict[str, dict]) -> None:
 def write_checksums(folder: Path, root: Path | None = None, known: dict | None = None) -> None:
     """``checksums.json`` of a checkpoint's folder: name -> sha256 of every file in it."""
     sums = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS):
+    ours = (CHECKSUMS, f"{CHECKSUMS}.new")
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ours):
         stated = (known or {}).get(str(path.relative_to(root))) if root else None
         sums[str(path.relative_to(folder))] = stated or file_sha256(path)
-    (folder / CHECKSUMS).write_text(checksum_text(sums), encoding="utf-8")
-    for path in folder.rglob("*"):
-        if path.is_file():
-            _sync(path)
+    # Beside the old file, which a full disk then leaves as it was.
+    new = folder / f"{CHECKSUMS}.new"
+    try:
+        new.write_text(checksum_text(sums), encoding="utf-8")
+        for path in folder.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        os.replace(new, folder / CHECKSUMS)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    _sync(folder)
 
 
 def checksum_text(sums: dict[str, str]) -> str:

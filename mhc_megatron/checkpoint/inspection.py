@@ -364,7 +364,8 @@ def verify_checksums(folder: Path) -> int:
             raise ValueError
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"{listed} is damaged.") from error
-    there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {CHECKSUMS}
+    there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    there -= {CHECKSUMS, f"{CHECKSUMS}.new"}  # the second: of a --record that was killed
     for name in sorted(there ^ set(sums)):
         said = "is missing" if name in sums else f"is not in {CHECKSUMS}"
         raise UserError(f"{folder}: {name} {said}.")
