@@ -530,5 +530,6 @@ def test_the_average_is_the_mean(tmp_path: Path) -> None:
         exact = sum(w * s[name].double() for w, s in zip((0.5, 0.25, 0.25), states, strict=True))
         assert torch.equal(there[name], exact.to(states[0][name].dtype))
     assert torch.equal(there["layer.3.weight"], states[2]["layer.3.weight"])  # integers
-    with pytest.raises(UserError, match="weights with sum 1"):
-        average_plan(paths, [1.0, 1.0, 1.0])
+    for weights in ([1.0, 1.0, 1.0], [math.nan] * 3, [math.inf, -math.inf, 1.0]):
+        with pytest.raises(UserError, match="weights with sum 1"):
+            average_plan(paths, weights)

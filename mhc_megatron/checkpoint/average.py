@@ -22,7 +22,8 @@ def average_plan(paths: list[Path], weights: list[float] | None = None) -> Plan:
         UserError: checkpoints that do not match, weights that do not sum to one.
     """
     weights = weights or [1 / len(paths)] * len(paths)
-    if len(paths) < 2 or len(weights) != len(paths) or abs(sum(weights) - 1) > 1e-6:
+    # "not <=", because no comparison with NaN holds.
+    if len(paths) < 2 or len(weights) != len(paths) or not abs(sum(weights) - 1) <= 1e-6:
         raise UserError("average takes two or more checkpoints, and as many weights with sum 1.")
     sources = [open_source(path) for path in paths]
     if len({type(source) for source in sources}) > 1:
