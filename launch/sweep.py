@@ -13,6 +13,7 @@ words after -- come before the command: a launcher. tools/collect.py --out makes
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -24,7 +25,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 for _path in (os.path.join(_ROOT, "kernels"), _ROOT):
@@ -37,6 +38,13 @@ from mhc_megatron.errors import UserError  # noqa: E402
 
 #: Written last into a point's folder: what it was and how it ended.
 POINT_FILE = "point.json"
+
+#: Signals that end a sweep and the run that it waits for.
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class _Stopped(Exception):
+    """A signal asks the sweep to end."""
 
 
 @dataclass
@@ -130,17 +138,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_all(sweep: Sweep, out: Path, world: int, launcher: Sequence[str]) -> int:
-    """Exit code: 0 if every run succeeded, 1 if one failed, 143 when the sweep was stopped."""
+    """Exit code: 0 if every run succeeded, 1 if one failed, 128 + the signal that stopped it."""
     failed = 0
     for name, settings in sweep.runs():
         folder = out / re.sub(r"[^\w.=+-]", "_", name)
         if _succeeded(folder):
             print(f"{name}: measured already", flush=True)
             continue
-        code, seconds = _run(sweep, name, settings, folder, world, launcher)
-        if code == -signal.SIGTERM:
-            print(f"{name}: stopped; the next job goes on from here", flush=True)
-            return 143
+        try:
+            code, seconds = _run(sweep, name, settings, folder, world, launcher)
+        except _Stopped as stop:
+            with contextlib.suppress(OSError):  # a terminal that hung up
+                print(f"{name}: stopped; the next job goes on from here", flush=True)
+            return 128 + stop.args[0]
         failed += bool(code)
         said = "done" if code == 0 else f"failed with code {code}: see {folder / 'out.log'}"
         print(f"{name}: {said} ({seconds:.0f} s)", flush=True)
@@ -162,31 +172,58 @@ def _run(
     world: int,
     launcher: Sequence[str],
 ) -> tuple[int, float]:
-    """One run: (exit code, seconds); 124 where it took longer than it may."""
+    """One run: (exit code, seconds); 124 where it took longer than it may.
+
+    Raises:
+        _Stopped: a signal asked the sweep to end; the run has ended.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}.") from error
     words = [*launcher, *_command(sweep.command, name, settings, folder)]
     began = time.time()
-    with open(folder / "out.log", "wb") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
-        stopped = []
-        handler = signal.signal(signal.SIGTERM, lambda *_: (stopped.append(1), _end(process)))
-        try:
-            code = process.wait(timeout=60 * sweep.minutes)
-        except subprocess.TimeoutExpired:
-            _end(process)
-            process.wait()
-            code = 124
-        finally:
-            signal.signal(signal.SIGTERM, handler)
+    stopped: list[int] = []
+    # A session of its own gets no signal of the terminal: whatever ends the sweep ends the run.
+    # Set before there is a run, so that none is left over; further signals wait for its end.
+    handlers = {
+        number: signal.signal(number, lambda number, _: stopped.append(number))
+        for number in _STOPS
+        if signal.getsignal(number) is not signal.SIG_IGN  # nohup
+    }
+    try:
+        with open(folder / "out.log", "wb") as log:
+            process = _start(words, log)
+            code = _wait(process, 60 * sweep.minutes, stopped)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if stopped:
-        return -signal.SIGTERM, time.time() - began
+        raise _Stopped(stopped[0])
     record = {"name": name, "settings": dict(settings), "world": world, "command": words}
     record |= {"code": code, "began": began, "seconds": time.time() - began}
     (folder / POINT_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return code, record["seconds"]
+
+
+def _start(words: Sequence[str], log: IO[bytes]) -> subprocess.Popen:
+    try:
+        return subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+    except OSError as error:
+        raise UserError(f"cannot start {words[0]}: {error.strerror}.") from error
+
+
+def _wait(process: subprocess.Popen, seconds: float, stopped: Sequence[int]) -> int:
+    """Exit code of the run; it is ended when its time is over (124) or a signal has come."""
+    until = time.monotonic() + seconds
+    while not stopped and time.monotonic() < until:
+        try:
+            return process.wait(timeout=min(0.2, max(until - time.monotonic(), 0.0)))
+        except subprocess.TimeoutExpired:
+            continue
+    _end(process)
+    process.wait()
+    return 124
 
 
 def _command(

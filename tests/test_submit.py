@@ -1,7 +1,10 @@
 """launch/submit.py without a Slurm: what is rendered, what is refused."""
 
 import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -243,6 +246,31 @@ def test_a_point_that_takes_too_long_is_ended(tmp_path, capfd):
     path, out = sweep_file(tmp_path, "sleep 100", minutes=0.003), tmp_path / "out"
     assert sweep.main([path, "--out", str(out)]) == 1
     assert capfd.readouterr().out.count("failed with code 124") == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_sweep_and_its_run(number, tmp_path):
+    path, out = sweep_file(tmp_path, "echo $$ > {out}/pid; exec sleep 100"), tmp_path / "out"
+    words = [sys.executable, str(ROOT / "launch" / "sweep.py"), path, "--out", str(out)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pid = out / "x-b=1" / "pid"
+    until = time.time() + 60
+    while not (pid.exists() and pid.read_text().strip()) and time.time() < until:
+        time.sleep(0.05)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and errors == ""
+    assert said == "x-b=1: stopped; the next job goes on from here\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert not (out / "x-b=1" / "point.json").exists()
+
+
+def test_a_command_that_is_not_there_is_one_sentence(tmp_path, capsys):
+    path = sweep_file(tmp_path)
+    assert sweep.main([path, "--out", str(tmp_path / "out"), "--", "no-such-launcher"]) == 2
+    said = "error: cannot start no-such-launcher: No such file or directory.\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(
