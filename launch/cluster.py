@@ -85,6 +85,13 @@ def load_site(path: str | None) -> Site:
     for key in ("gpus_per_node", "cpus_per_gpu", "stop_seconds", "attempts"):
         if getattr(site, key) < (key != "gpus_per_node"):
             raise UserError(f"{path}: {key.replace('_', '-')} is too small.")
+    try:
+        site.gpu_request.format(gpus=1)
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{path}: gpu-request may name {{gpus}} only, which {site.gpu_request!r} does not keep "
+            "to; a brace of its own is written twice."
+        ) from error
     return site
 
 
@@ -173,6 +180,8 @@ def render(job: Job, site: Site) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["sh"] = lambda value: shlex.quote(str(value))
+    environment.filters["sbatch"] = _sbatch
+    environment.filters["pattern"] = lambda path: path.replace("%", "%%")
     env = {"CUDA_DEVICE_MAX_CONNECTIONS": device_connections(megatron)} if gpus else {}
     env |= {"RANKS_PER_NODE": str(ranks)} | site.env
     tasks = 1 if one_task else ranks
@@ -200,6 +209,23 @@ def render(job: Job, site: Site) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
+def _sbatch(value: Any) -> str:
+    """A value for an ``#SBATCH`` line, in double quotes where it needs them.
+
+    sbatch parts such a line at spaces and ends it at ``#``, knows both quotes, and takes what
+    follows a backslash as it is (src/sbatch/opt.c).
+
+    Raises:
+        UserError: a line break or another character that no such line can hold.
+    """
+    text = str(value)
+    if not text.isprintable():
+        raise UserError(f"{text!r} has a character that a job script's header cannot hold.")
+    if re.fullmatch(r"[\w@%+=:,./-]+", text):
+        return text
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
 def _srun(site: Site) -> list[str]:
     words = ["srun", "--kill-on-bad-exit=1", *site.srun]
     if site.container.image:
@@ -219,7 +245,12 @@ def check_layout(settings: Settings, world: int) -> None:
     values = settings.megatron
 
     def size(key: str, default: int = 1) -> int:
-        return int(values.get(key) or default)
+        value = values.get(key)
+        if value is None:
+            return default
+        if type(value) is not int or value < 1:
+            raise UserError(f"{key} must be a whole number, at least 1, not {value!r}.")
+        return value
 
     tp, pp = size("tensor-model-parallel-size"), size("pipeline-model-parallel-size")
     cp, ep = size("context-parallel-size"), size("expert-model-parallel-size")

@@ -120,6 +120,15 @@ def test_changes_with_spaces_and_quotes_arrive(capsys, tmp_path):
     assert words[words.index("--set") + 1] == change
 
 
+def test_the_header_is_quoted_as_sbatch_reads_it(capsys, tmp_path):
+    folder = tmp_path / 'my "runs" #1' / "90%"
+    words = [*PROGRAM, "--nodes", "32", "--run-dir", str(folder), "--set", "run.name=my run"]
+    lines = rendered(capsys, *words, *site(tmp_path, "{}")).splitlines()
+    assert '#SBATCH --job-name="my run"' in lines
+    quoted = f'{tmp_path}/my \\"runs\\" #1/90%%/logs/slurm-%j.out'
+    assert f'#SBATCH --output="{quoted}"' in lines
+
+
 def test_sweep_and_conversion(capsys, tmp_path):
     example = str(ROOT / "launch" / "slurm" / "sweep.example.yaml")
     script = rendered(
@@ -141,6 +150,11 @@ def test_sweep_and_conversion(capsys, tmp_path):
         (["--nodes", "0"], "--nodes must be at least 1"),
         (["--nodes", "32", "--set", "global-batch-size=1279"], "a global batch of 1279"),
         (["--nodes", "32", "--set", "tensor-model-parallel-size=7"], "tensor 7 x pipeline 4"),
+        (
+            ["--nodes", "32", "--set", "tensor-model-parallel-size=two"],
+            "tensor-model-parallel-size must be a whole number, at least 1, not 'two'",
+        ),
+        (["--nodes", "32", "--run-dir", "a\nb"], "that a job script's header cannot hold"),
         (["--nodes", "32", "--site", "no/such.yaml"], "cannot read the site file no/such.yaml"),
     ],
 )
@@ -157,6 +171,8 @@ def test_refusals(words, sentence, capsys):
         ("modules: cuda", "modules must be list"),
         ("container: {imag: x}", "container: unknown key 'imag'"),
         ("env: {'A B': x}", "env must be dict"),
+        ("gpu-request: '--gres=gpu:{type}:{gpus}'", "gpu-request may name {gpus} only"),
+        ("gpu-request: '--gres=gpu:{gpus'", "gpu-request may name {gpus} only"),
         ("stop-seconds: 0", "stop-seconds is too small"),
         ("a: [", "not valid YAML"),
     ],
