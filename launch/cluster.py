@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from launch.settings import Settings, device_connections
+from launch.settings import MALFORMED, Settings, device_connections
 from mhc_megatron.config import nearest
 from mhc_megatron.errors import UserError
 
@@ -77,7 +77,7 @@ def load_site(path: str | None) -> Site:
             values = yaml.safe_load(f) or {}
     except OSError as error:
         raise UserError(f"cannot read the site file {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, *MALFORMED) as error:
         raise UserError(f"{path} is not valid YAML.") from error
     site = _fill(Site, values, path)
     if site.launcher not in ("torchrun", "srun"):

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,16 +103,41 @@ def load(path: str, changes: Iterable[str] = ()) -> Settings:
 def _read(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as f:
-            values = yaml.load(f, Loader=_Loader)
+            text = f.read()
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text.") from error
+    try:
+        values = yaml.load(text, Loader=_Loader)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(f"{path} is not valid YAML{where}.") from error
+    except MALFORMED as error:
+        raise UserError(f"{path} is not valid YAML ({error}).") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values.")
+    _check_twice(values, path)
+    for part in ("mhc", "run"):
+        if isinstance(values.get(part), dict):
+            _check_twice(values[part], f"{path}: {part}")
     return {str(key).replace("_", "-"): value for key, value in values.items()}
+
+
+def _check_twice(values: Mapping[Any, Any], where: str) -> None:
+    """Both spellings of a key are one key."""
+    seen: dict[str, Any] = {}
+    for key in values:
+        first = seen.setdefault(str(key).replace("_", "-"), key)
+        if first is not key:
+            raise UserError(f"{where}: the key {key!r} is given twice, first as {first!r}.")
+
+
+#: What else PyYAML raises: a date that does not exist, a list as a key, brackets without an end.
+MALFORMED = (ValueError, TypeError, RecursionError)
 
 
 class _Loader(yaml.SafeLoader):
@@ -122,8 +147,10 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                raise UserError(f"a key must be text or a number, not {key!r} (line {line}).")
             if key in seen:
-                line = key_node.start_mark.line + 1
                 raise UserError(f"the key {key!r} is given twice (line {line}).")
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -144,8 +171,12 @@ def _apply(values: dict[str, Any], change: str) -> None:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(f"--set {change}: the value is not valid YAML.") from error
+    except MALFORMED as error:
+        raise UserError(f"--set {change}: the value is not valid YAML ({error}).") from error
     part, dot, name = key.partition(".")
     if dot and part in ("mhc", "run"):
+        if not isinstance(values.get(part) or {}, Mapping):
+            raise UserError(f"{part} must hold keys and values, not {values[part]!r}.")
         values[part] = {**(values.get(part) or {}), name: value}
         # Both spellings of a key are one key.
         for other in (name.replace("-", "_"), name.replace("_", "-")):
@@ -168,7 +199,10 @@ def _run_settings(values: Mapping[str, Any]) -> RunSettings:
     for key, value in given.items():
         if key not in known:
             raise UserError(f"run: unknown key {key!r}{nearest(key, list(known))}")
-        if known[key] is float and type(value) is int:
+        if known[key] is float and type(value) in (int, float):
+            # NaN compares with nothing; an int of hundreds of digits is no float either.
+            if not abs(value) <= sys.float_info.max:
+                raise UserError(f"run: {key} must be finite, not {_short(value)}.")
             given[key] = float(value)
         elif type(value) is not known[key]:
             raise UserError(f"run: {key} must be of type {known[key].__name__}, not {value!r}.")
@@ -186,6 +220,23 @@ def _run_settings(values: Mapping[str, Any]) -> RunSettings:
     return settings
 
 
+def _short(value: Any) -> str:
+    """A value for a sentence; Python refuses to print integers of thousands of digits."""
+    try:
+        return str(value)
+    except ValueError:
+        return "a number of thousands of digits"
+
+
+#: Sizes of the model and its layout.
+_SIZES = (
+    "num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups",
+    "kv-channels", "seq-length", "max-position-embeddings", "vocab-size", "micro-batch-size",
+    "global-batch-size", "tensor-model-parallel-size", "pipeline-model-parallel-size",
+    "context-parallel-size", "expert-model-parallel-size", "expert-tensor-parallel-size",
+)  # fmt: skip
+
+
 def parse(values: Mapping[str, Any]) -> argparse.Namespace:
     """Megatron's own parsing and checks of ``values``.
 
@@ -197,6 +248,11 @@ def parse(values: Mapping[str, Any]) -> argparse.Namespace:
     """
     from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
 
+    for key in _SIZES:
+        value = values.get(key)
+        # Megatron divides by most of them before it looks.
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"{key} must be at least 1, not {value}.")
     if values.get("wandb-project") and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb-project: the package wandb is not installed (pip install wandb).")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", device_connections(values))
@@ -286,7 +342,7 @@ def megatron_errors():
     except SystemExit as error:
         said = errors.getvalue().strip().splitlines() or ["the arguments were refused"]
         raise UserError(said[-1].partition("error: ")[2] or said[-1]) from error
-    except (AssertionError, ValueError, RuntimeError) as error:
+    except (AssertionError, ValueError, RuntimeError, ArithmeticError, TypeError) as error:
         said = str(error).strip() or _source_of(error)
         raise UserError(f"contradictory settings: {said}") from error
 

@@ -34,6 +34,7 @@ for _path in (os.path.join(_ROOT, "kernels"), _ROOT):
 
 import yaml  # noqa: E402
 
+from launch.settings import MALFORMED  # noqa: E402
 from mhc_megatron.errors import UserError  # noqa: E402
 
 #: Written last into a point's folder: what it was and how it ended.
@@ -88,7 +89,7 @@ def read(path: str) -> Sweep:
             values = yaml.safe_load(f)
     except OSError as error:
         raise UserError(f"cannot read the sweep {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, *MALFORMED) as error:
         raise UserError(f"{path} is not valid YAML.") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values.")
@@ -105,6 +106,11 @@ def read(path: str) -> Sweep:
     if not all(isinstance(v, list) and v for v in values["grid"].values()):
         raise UserError(f"{path}: grid must hold a list of values for each key.")
     values["points"] = {str(name): point or {} for name, point in values["points"].items()}
+    if not all(isinstance(point, Mapping) for point in values["points"].values()):
+        raise UserError(f"{path}: every point must hold keys and values.")
+    minutes = values.setdefault("minutes", 30.0)
+    if type(minutes) not in (int, float) or not 0 < minutes < 1e9:
+        raise UserError(f"{path}: minutes must be a number above 0, not {minutes!r}.")
     name = str(values.get("name") or Path(path).stem)
     sweep = Sweep(**{**values, "name": name, "command": [str(word) for word in command]})
     names = [label for label, _ in sweep.runs()]

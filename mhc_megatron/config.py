@@ -147,7 +147,7 @@ class MHCConfig:
             UserError: an unknown key (the nearest known one is named) or a wrong value.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        given = {key.replace("-", "_"): value for key, value in (values or {}).items()}
+        given = {str(key).replace("-", "_"): value for key, value in (values or {}).items()}
         for key in given:
             if key not in known:
                 raise UserError(f"mhc: unknown key {key!r}{nearest(key, known)}")

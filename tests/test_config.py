@@ -70,6 +70,17 @@ def test_numbers_in_exponent_form(config):
         ("- a\n- b\n", [], "must hold keys and values"),
         ("a: [1\n", [], "not valid YAML at line"),
         ("lr: 1\nlr: 2\n", [], "given twice"),
+        ("num_layers: 3\nnum-layers: 1\n", [], "'num-layers' is given twice"),
+        ("mhc:\n  lr_mult: 3\n  lr-mult: 1\n", [], "'lr-mult' is given twice"),
+        ("a: 2026-13-45\n", [], "not valid YAML .month"),
+        ("? [a]\n: 1\n", [], "key must be text or a number"),
+        ("mhc: foo\n", ["mhc.n=2"], "mhc must hold keys and values, not 'foo'"),
+        ("mhc:\n  1: 2\n", [], "unknown key '1'"),
+        ("lr: 1\n", ["lr=2026-13-45"], "--set lr=2026-13-45: the value is not valid YAML"),
+        ("lr: 1\n", ["lr={[a]: 1}"], "key must be text or a number"),
+        ("lr: 1\n", ["run.hang_minutes=.inf"], "hang_minutes must be finite, not inf"),
+        ("run: {alarm_gain: .nan}\n", [], "alarm_gain must be finite, not nan"),
+        (f"run: {{alarm_gain: 1{'0' * 400}}}\n", [], "alarm_gain must be finite"),
         ("mhc: 4\n", [], "mhc must hold keys and values"),
         ("run:\n  nam: x\n", [], "did you mean 'name'"),
         ("run:\n  stability-interval: often\n", [], "must be of type int"),
@@ -80,6 +91,18 @@ def test_numbers_in_exponent_form(config):
 def test_wrong_files(config, text, changes, words):
     with pytest.raises(UserError, match=words):
         settings.load(config(text), changes)
+
+
+def test_a_file_that_is_not_utf8(tmp_path):
+    (tmp_path / "a.yaml").write_bytes("run: {name: é}".encode("latin-1"))
+    with pytest.raises(UserError, match="a.yaml is not UTF-8 text"):
+        settings.load(str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize("key", ["hidden-size", "num-attention-heads", "num-layers"])
+def test_sizes_of_nothing(key):
+    with pytest.raises(UserError, match=f"{key} must be at least 1, not 0"):
+        settings.parse({key: 0})
 
 
 def test_missing_file():

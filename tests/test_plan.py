@@ -99,6 +99,7 @@ def test_page(cluster: Cluster) -> None:
             ),
             "mhc: recompute 2: recompute-granularity full",
         ),
+        ("tiny", ("--set", "hidden-size=0"), "hidden-size must be at least 1, not 0"),
         ("tiny", ("--gpus", "0"), "at least 1, not '0'"),
     ],
 )

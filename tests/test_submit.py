@@ -175,6 +175,7 @@ def test_refusals(words, sentence, capsys):
         ("gpu-request: '--gres=gpu:{gpus'", "gpu-request may name {gpus} only"),
         ("stop-seconds: 0", "stop-seconds is too small"),
         ("a: [", "not valid YAML"),
+        ("a: 2026-13-45", "not valid YAML"),
     ],
 )
 def test_bad_site_files(text, sentence, capsys, tmp_path):
@@ -267,7 +268,9 @@ def test_a_point_that_takes_too_long_is_ended(tmp_path, capfd):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_sweep_and_its_run(number, tmp_path):
     path, out = sweep_file(tmp_path, "echo $$ > {out}/pid; exec sleep 100"), tmp_path / "out"
-    words = [sys.executable, str(ROOT / "launch" / "sweep.py"), path, "--out", str(out)]
+    # A shell's background job has SIGINT ignored, and so would what it starts.
+    words = ["env", "--default-signal", sys.executable, str(ROOT / "launch" / "sweep.py")]
+    words += [path, "--out", str(out)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     pid = out / "x-b=1" / "pid"
     until = time.time() + 60
@@ -296,6 +299,9 @@ def test_a_command_that_is_not_there_is_one_sentence(tmp_path, capsys):
         ("command: [x]\nponts: {}", "unknown key 'ponts'"),
         ("command: [x]\ngrid: {a: 1}", "grid must hold a list"),
         ("[]", "must hold keys and values"),
+        ("command: [x]\nname: 2026-13-45", "not valid YAML"),
+        ("command: [x]\npoints: {a: 1}", "every point must hold"),
+        ("command: [x]\nminutes: .inf", "minutes must be a number above 0, not inf"),
     ],
 )
 def test_bad_sweeps(text, sentence, tmp_path):
