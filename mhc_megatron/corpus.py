@@ -73,7 +73,7 @@ def check_corpus(
 def unigram_entropy(prefix: str) -> float | None:
     """Nats a token of the corpus, from PREFIX.json; None where it does not say."""
     value = _sidecar(prefix).get("unigram_entropy")
-    return float(value) if value is not None else None
+    return float(value) if type(value) in (int, float) and abs(value) < 1e9 else None
 
 
 def _index_size(idx_path: str) -> tuple[int, int, np.dtype]:
@@ -98,12 +98,16 @@ def _index_size(idx_path: str) -> tuple[int, int, np.dtype]:
 
 def _vocab_size(prefix: str) -> int | None:
     value = _sidecar(prefix).get("vocab_size")
-    return int(value) if value is not None else None
+    if value is not None and type(value) is not int:
+        raise UserError(f"data-path: {prefix}.json: vocab_size must be a number, not {value!r}.")
+    return value
 
 
 def _sidecar(prefix: str) -> dict:
     try:
         with open(prefix + ".json", encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, ValueError):
+            value = json.load(f)
+    except (OSError, ValueError, RecursionError):
         return {}
+    # Of another tool, perhaps; only an object can be prepare_data.py's.
+    return value if isinstance(value, dict) else {}

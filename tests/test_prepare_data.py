@@ -384,6 +384,24 @@ def test_the_trainer_takes_it(pair: Path) -> None:
         check_corpus(str(pair), sequence_length=8, vocab_size=256)
 
 
+@pytest.mark.parametrize("text", ["[1]", "3", "{", "[" * 100_000, '{"unigram_entropy": "x"}'])
+def test_the_trainer_takes_a_pair_with_another_tools_json(pair: Path, text: str) -> None:
+    from mhc_megatron.corpus import check_corpus, unigram_entropy
+
+    pair.with_name(pair.name + ".json").write_text(text)
+    check_corpus(str(pair), sequence_length=10, vocab_size=257)
+    assert unigram_entropy(str(pair)) is None
+
+
+def test_a_vocabulary_that_is_no_number(pair: Path) -> None:
+    from mhc_megatron.corpus import check_corpus
+    from mhc_megatron.errors import UserError
+
+    pair.with_name(pair.name + ".json").write_text('{"vocab_size": "many"}')
+    with pytest.raises(UserError, match="vocab_size must be a number, not 'many'"):
+        check_corpus(str(pair), sequence_length=10, vocab_size=257)
+
+
 def test_no_torch_in_the_tool() -> None:
     code = "import sys, tools.prepare_data; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
