@@ -6,6 +6,7 @@ no code with the tool; one test holds that reader, the tool and Megatron's own c
 
 from __future__ import annotations
 
+import base64
 import collections
 import contextlib
 import gzip
@@ -27,7 +28,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tools import prepare_data
-from tools.corpus import CorpusError, encoders, indexed, sources
+from tools.corpus import CorpusError, blocks, encoders, indexed, sources
 from tools.corpus.prepare import Options, Reading, corpus_of, prepare, stdlib_corpus, verify
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -801,6 +802,30 @@ def test_partly_bad_input(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     if name == "truncated gz":  # the lines before the damage are kept, the broken one is not
         assert 5 <= sidecar["documents"] < 10
     verify(str(tmp_path / "out" / "c"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_panic_of_the_tokenizer_leaves_one_document_out(workers: int, tmp_path: Path) -> None:
+    """tiktoken's regular expressions give up on a million spaces with a panic, and its stack."""
+    lines = [base64.b64encode(bytes([value])) + b" %d\n" % value for value in range(256)]
+    (tmp_path / "t.tiktoken").write_bytes(b"".join(lines))
+    write_lines(tmp_path / "a.jsonl", ["before", " " * 1_000_000 + "x", "after"])
+    words = [sys.executable, TOOL, tmp_path / "a.jsonl", "--output", tmp_path / "c", "--workers"]
+    words += [workers, "--tokenizer", tmp_path / "t.tiktoken", "--pattern", "gpt2"]
+    run = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    assert run.returncode == 2
+    skipped, message = run.stderr.splitlines()
+    assert "a.jsonl, line 2: the tokenizer refuses it (" in skipped and "--skip-bad" in message
+    assert [document.size for document in read_layout(tmp_path / "c")] == [7, 6]
+
+
+def test_memory_that_ends_is_no_document_to_skip() -> None:
+    def encode(documents):
+        raise MemoryError
+
+    documents = blocks.Documents([b"a"], ["a.txt"])
+    with pytest.raises(CorpusError, match="not enough memory for the tokens at a.txt"):
+        blocks.encode_documents(documents, encoders.Encoder(encode, 2, 1, encoders.decode_bytes))
 
 
 def test_first_bad_input_is_named_whatever_the_workers(

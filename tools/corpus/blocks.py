@@ -195,6 +195,8 @@ def encode_documents(documents: Documents, encoder: Encoder) -> list[Ids]:
     count = len(documents.texts)
     try:
         encodings = encoder.encode(documents.texts)
+    except MemoryError:
+        raise no_memory(documents.places[0]) from None
     except Exception:  # one of them is refused; the libraries raise bare Exception
         encodings = [encode_one(documents, number, encoder) for number in range(count)]
     kept = [ids for ids in encodings if len(ids)]
@@ -206,10 +208,17 @@ def encode_one(documents: Documents, number: int, encoder: Encoder) -> Ids:
     """Ids of one document, none if the tokenizer refuses it."""
     try:
         return encoder.encode([documents.texts[number]])[0]
+    except MemoryError:
+        raise no_memory(documents.places[number]) from None
     except Exception as error:
         documents.bad.append((documents.places[number], f"the tokenizer refuses it ({error})"))
         documents.empty -= 1  # counted among the bad ones
         return ()
+
+
+def no_memory(place: str) -> CorpusError:
+    """What ends the run where a document, or one of those after it, needs too much."""
+    return CorpusError(f"not enough memory for the tokens at {place}; nothing was written")
 
 
 # -- processes -------------------------------------------------------------------------------
