@@ -164,6 +164,61 @@ def test_nothing_to_collect(make, sentence, tmp_path, capsys):
     assert sentence in capsys.readouterr().err
 
 
+def test_lines_that_cannot_be_used_are_left_out_and_named(tmp_path, capsys):
+    path = write_run(tmp_path / "run", "mhc", 1.0) / "metrics.jsonl"
+    (whole,) = compare(find([tmp_path]))
+    step = {"event": "train", "iteration": 11, "step_time_s": 1.0}
+    bad = [[1], {"event": "resume"}, {"event": "train"}, step | {"step_time_s": 0},
+           step | {"step_time_s": None}, step | {"iteration": "x"}, 3, None]  # fmt: skip
+    lines = [json.dumps(line) for line in bad]
+    # A step without loss, tokens and FLOPs is one, and so is the last line of a run that goes on.
+    nulls = step | {"loss": None, "tflops": None, "tokens_per_s": None, "memory_gib": None}
+    path.write_text(path.read_text() + "\n".join([*lines, json.dumps(nulls), '{"event": "tr']))
+    assert collect.main([str(tmp_path), "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "9 corrupted lines left out (line 12, 13, 14," in said.err
+    (row,) = json.loads(said.out)
+    assert row["steps"] == 11 and row["step_ms"] == whole.step_ms and row["loss"] == whole.loss
+
+
+def test_a_start_record_of_another_kind(tmp_path):
+    path = write_run(tmp_path / "run", "mhc", 1.0) / "metrics.jsonl"
+    start = {"event": "start", "config": [], "mhc": 3, "world_size": "x", "peak_tflops": 0}
+    path.write_text(json.dumps(start) + "\n" + path.read_text().split("\n", 1)[1])
+    (row,) = compare(find([tmp_path]))
+    assert (row.variant, row.gpus, row.mfu, row.steps) == (None, None, None, 10)
+
+
+def test_steps_of_a_log_without_a_time(tmp_path, capsys):
+    path = write_log(tmp_path / "a.log")
+    broken = [STEP.format(11, 0.0, 400.0, 9.0),
+              STEP.format(12, 9.0, 400.0, 9.0).replace(": 9.0 |", ": 1.2.3 |")]  # fmt: skip
+    path.write_text(path.read_text() + "\n".join(broken) + "\n")
+    assert collect.main([str(path), "--json"]) == 0
+    said = capsys.readouterr()
+    assert "a.log: 2 corrupted lines left out" in said.err
+    assert json.loads(said.out)[0]["steps"] == 10
+
+
+@pytest.mark.parametrize("groups", [5, None, {"a": 1}])
+def test_a_report_of_something_else(groups, tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps({"groups": groups}))
+    assert collect.main([str(tmp_path / "a.json")]) == 2
+    assert capsys.readouterr().err.endswith("is not a report of tools/bench_training.py\n")
+
+
+def test_columns_of_a_report_that_cannot_be_used(tmp_path, capsys):
+    good = {"label": "mhc", "step_ms": {"median": 20.0}}
+    columns = [good, 5, {"label": "x", "step_ms": 3}, {"step_ms": {"median": 1.0}}]
+    columns += [{"label": "y", "step_ms": {"median": 0}}, {"label": "z", "step_ms": None}]
+    report = {"groups": [5, {"columns": []}, {"precision": "bf16", "columns": columns}]}
+    (tmp_path / "bench.json").write_text(json.dumps(report))
+    assert collect.main([str(tmp_path), "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("left out") == said.err.count("\n") == 6
+    assert [row["step_ms"] for row in json.loads(said.out)] == [20.0]
+
+
 def test_unknown_gpu(tmp_path, capsys):
     assert collect.main([str(write_log(tmp_path / "a.log")), "--gpu", "Z9"]) == 2
     assert "its peak is not known" in capsys.readouterr().err

@@ -59,8 +59,11 @@ COLUMNS: dict[str, tuple[str, Callable[..., str]]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
+    notes: list[str] = []
     try:
-        sources = find(options.paths)
+        sources = find(options.paths, notes)
+        for note in notes:
+            print(f"collect.py: {note}", file=sys.stderr)
         if not sources:
             raise CollectError("no run with a step in it was found there")
         peak = peak_tflops(options.gpu, fp8=options.fp8) if options.gpu else None
