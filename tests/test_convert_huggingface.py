@@ -556,6 +556,7 @@ def test_names_and_shapes_that_do_not_fit(models, tmp_path: Path, capsys) -> Non
         ("hidden_act", "gelu", "hidden_act: gelu is not supported"),
         ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4}, "rope_type 'dynamic'"),
         ("num_hidden_layers", None, "the config has no"),
+        ("hidden_size", "32", 'hidden_size must be a whole number of at least 1, not "32"'),
     ],
 )
 def test_settings_that_are_not_supported(models, tmp_path, capsys, key, value, said) -> None:
@@ -568,6 +569,54 @@ def test_settings_that_are_not_supported(models, tmp_path, capsys, key, value, s
     (folder / "config.json").write_text(json.dumps(config))
     assert run("import-hf", folder, tmp_path / "out") == 2
     assert said in _said(capsys)
+
+
+@pytest.mark.parametrize("value", [None, "32", [], True, float("nan"), 0])
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("llama", "hidden_size"),
+        ("llama", "num_hidden_layers"),
+        ("llama", "num_attention_heads"),
+        ("llama", "vocab_size"),
+        ("llama", "rope_theta"),
+        ("llama", "model_type"),
+        ("deepseek_v3", "kv_lora_rank"),
+        ("deepseek_v3", "moe_intermediate_size"),
+        ("deepseek_v3", "n_group"),
+    ],
+)
+def test_numbers_of_a_config_that_are_none(family: str, key: str, value) -> None:
+    from checkpoint_models import LATENT, SIZES
+
+    from mhc_megatron.checkpoint.arguments import megatron_values
+
+    config = {**SIZES, **(LATENT if family == "deepseek_v3" else {}), "model_type": family}
+    assert megatron_values(config)["hidden-size"] == 32
+    with pytest.raises(UserError, match=key):
+        megatron_values({**config, key: value})
+    if key != "rope_theta":
+        del config[key]
+        with pytest.raises(UserError, match=key):
+            megatron_values(config)
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ([1], "rope_parameters must hold keys and values"),
+        ({"rope_theta": None}, "rope_theta must be a number above 0, not null"),
+        ({"rope_type": "llama3"}, "rope_parameters has no 'factor'"),
+        ({"rope_type": "llama3", "factor": "8"}, 'factor must be a number above 0, not "8"'),
+    ],
+)
+def test_rope_parameters_that_are_none(rope, said: str) -> None:
+    from checkpoint_models import SIZES
+
+    from mhc_megatron.checkpoint.arguments import megatron_values
+
+    with pytest.raises(UserError, match=said):
+        megatron_values({**SIZES, "model_type": "llama", "rope_parameters": rope})
 
 
 def test_mhc_taken_for_residual_and_the_reverse(models, tmp_path: Path, capsys) -> None:

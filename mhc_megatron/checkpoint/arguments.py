@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from argparse import Namespace
 from typing import Any
 
@@ -115,8 +117,10 @@ def megatron_values(config: dict[str, Any]) -> dict[str, Any]:
         UserError: a model type or a setting that is not supported.
     """
     family = config.get("model_type", "")
-    if family not in FAMILIES:
-        raise UserError(f"model_type {family!r} is not supported{nearest(family, list(FAMILIES))}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        near = nearest(str(family), list(FAMILIES))
+        raise UserError(f"model_type {family!r} is not supported{near}")
+    _check_numbers(config, family)
     for key, wanted in REQUIRED.items():
         if config.get(key, wanted) not in (wanted, None):
             raise UserError(f"{key}: {config[key]} is not supported; only {wanted} is.")
@@ -136,6 +140,56 @@ def megatron_values(config: dict[str, Any]) -> dict[str, Any]:
     values |= {"group-query-attention": True, **_named(GROUPED_QUERY, config)}
     values |= {"add-qkv-bias": family == "qwen2", "qk-layernorm": family == "qwen3"}
     return values
+
+
+def _check_numbers(config: dict[str, Any], family: str) -> None:
+    """The config's numbers are numbers.
+
+    Raises:
+        UserError: naming the first that is not there or is none.
+    """
+    sizes = [name for name in SAME.values() if name != "rms_norm_eps"]
+    if family == "deepseek_v3":
+        sizes += [name for name in LATENT.values() if name != "q_lora_rank"]
+        _number(config, "first_k_dense_replace", whole=True, least=0)
+        _number(config, "q_lora_rank", whole=True, optional=True)
+    for name in sizes:
+        _number(config, name, whole=True)
+    _number(config, "rms_norm_eps", least=0)
+    for name in GROUPED_QUERY.values():
+        _number(config, name, whole=True, optional=True)
+    for name in ("num_nextn_predict_layers", "n_shared_experts"):
+        _number(config, name, whole=True, least=0, optional=True)
+    if family == "deepseek_v3" and config["first_k_dense_replace"] < config["num_hidden_layers"]:
+        for name in EXPERTS.values():
+            _number(config, name, whole=name != "routed_scaling_factor")
+    if not isinstance(config.get("tie_word_embeddings"), bool | None):
+        said = json.dumps(config["tie_word_embeddings"])
+        raise UserError(f"the config: tie_word_embeddings must be true or false, not {said}.")
+
+
+def _number(
+    table: dict[str, Any],
+    name: str,
+    where: str = "the config",
+    *,
+    whole: bool = False,
+    least: int | None = None,
+    optional: bool = False,
+) -> None:
+    """``table[name]`` is a number, at least ``least``, by default 1 for a whole one, or above 0."""
+    if name not in table and not optional:
+        raise UserError(f"{where} has no {name!r}.")
+    value = table.get(name)
+    if value is None and optional:
+        return
+    # Exact for an int of hundreds of digits, false for NaN.
+    fits = type(value) in ((int,) if whole else (int, float)) and value <= sys.float_info.max
+    least = 1 if least is None and whole else least
+    if not fits or not (value > 0 if least is None else value >= least):
+        kind = "a whole number" if whole else "a number"
+        bound = "above 0" if least is None else f"of at least {least}"
+        raise UserError(f"{where}: {name} must be {kind} {bound}, not {json.dumps(value)[:40]}.")
 
 
 def _latent_values(config: dict[str, Any]) -> dict[str, Any]:
@@ -174,9 +228,13 @@ def _named(table: dict[str, str], config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope(config: dict[str, Any], latent: bool) -> dict[str, Any]:
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(name), dict | None):
+            raise UserError(f"the config: {name} must hold keys and values.")
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    _number({"rope_theta": base}, "rope_theta")
     values = {"rotary-base": int(base)}
     if base != int(base) or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"rope_parameters {rope} are not supported.")
@@ -188,6 +246,7 @@ def _rope(config: dict[str, Any], latent: bool) -> dict[str, Any]:
         for key, wanted in LLAMA3.items():
             if rope.get(key, wanted) != wanted:
                 raise UserError(f"rope_parameters: {key} must be {wanted}, not {rope[key]}.")
+        _number(rope, "factor", "rope_parameters")
         return values | {"use-rope-scaling": True, "rope-scaling-factor": rope["factor"]}
     if kind != "default":
         raise UserError(f"rope_type {kind!r} is not supported for this model.")
@@ -204,6 +263,8 @@ def _yarn(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: where the two would differ.
     """
+    for name in (*YARN_DEFAULTS, "attention_factor"):  # 0 is as if it were not there
+        _number(rope, name, "rope_parameters", least=0, optional=True)
     original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
     factor = rope.get("factor") or config["max_position_embeddings"] / original
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
