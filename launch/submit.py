@@ -28,11 +28,12 @@ for _path in (os.path.join(_ROOT, "kernels"), _ROOT):
 
 from launch.cluster import PROFILES, Job, Site, check_layout, load_site, render  # noqa: E402
 from launch.settings import load  # noqa: E402
-from mhc_megatron.errors import UserError  # noqa: E402
+from mhc_megatron.errors import UserError, quiet_pipe  # noqa: E402
 
 SITE = os.path.join(_ROOT, "launch", "slurm", "site.yaml")
 
 
+@quiet_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)

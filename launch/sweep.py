@@ -35,7 +35,7 @@ for _path in (os.path.join(_ROOT, "kernels"), _ROOT):
 import yaml  # noqa: E402
 
 from launch.settings import MALFORMED  # noqa: E402
-from mhc_megatron.errors import UserError  # noqa: E402
+from mhc_megatron.errors import UserError, quiet_pipe  # noqa: E402
 
 #: Written last into a point's folder: what it was and how it ended.
 POINT_FILE = "point.json"
@@ -119,6 +119,7 @@ def read(path: str) -> Sweep:
     return sweep
 
 
+@quiet_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n\n")[0], formatter_class=argparse.RawTextHelpFormatter

@@ -62,7 +62,7 @@ def _latest(folder: str) -> int:
     """The step that Megatron's tracker names."""
     tracker = os.path.join(folder, "latest_checkpointed_iteration.txt")
     try:
-        with open(tracker, encoding="utf-8") as f:
+        with open(tracker, encoding="utf-8", errors="replace") as f:
             said = f.read().strip()
     except OSError as error:
         raise UserError(f"there is no checkpoint in {folder}: {error.strerror}.") from error
@@ -262,6 +262,8 @@ class Sampling:
             raise UserError(f"top-k must be at least 0, not {self.top_k}.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top-p must be above 0 and at most 1, not {self.top_p}.")
+        if not -(2**63) <= self.seed < 2**64:  # what torch takes
+            raise UserError(f"the seed must be from -2**63 to below 2**64, not {self.seed}.")
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

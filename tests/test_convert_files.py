@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import pickle
 import shutil
 import subprocess
@@ -163,6 +164,27 @@ def test_missing_and_truncated_torch_dist_files(tmp_path: Path) -> None:
         TorchDistSource(folder)
     with pytest.raises(UserError, match="neither .metadata nor"):
         TorchDistSource(tmp_path)
+
+
+@pytest.mark.parametrize("said", ["\u00b2", "9" * 5000, "", "-1", None])
+def test_a_tracker_that_names_no_step(tmp_path: Path, said: str | None) -> None:
+    tracker = _torch_dist(tmp_path / "a") / torch_dist.TRACKER
+    tracker.unlink()
+    tracker.mkdir() if said is None else tracker.write_text(said)
+    wanted = "cannot read .*: Is a directory" if said is None else "must hold an iteration"
+    with pytest.raises(UserError, match=wanted):
+        torch_dist.resolve(tmp_path / "a")
+
+
+def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:
+    """As with ``| head -n 1``: the pipe is closed before the tool writes."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [ROOT / "tools" / "convert_checkpoint.py", "inspect", _torch_dist(tmp_path / "a")]
+    with open(write, "w") as out:
+        run = subprocess.run([sys.executable, *map(str, words)], stdout=out, stderr=subprocess.PIPE)
+    # torch may have its own line to say, on the machine.
+    assert run.returncode == 0 and b"BrokenPipe" not in run.stderr
 
 
 def _edit_metadata(folder: Path, edit) -> None:

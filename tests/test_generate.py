@@ -147,6 +147,7 @@ def test_bad_checkpoints_end_in_one_sentence(cluster: Cluster, runs, tmp_path: P
         (("--prompt", "a", "--temperature", "-1"), "temperature must be at least 0"),
         (("--prompt", "a", "--top-p", "0"), "top-p must be above 0"),
         (("--prompt", "a", "--tokenizer", "no.json"), "no.json cannot be read"),
+        (("--prompt", "a", "--seed", "99999999999999999999"), "the seed must be from"),
         (("--prompt", "\udcff"), "must be UTF-8"),
     ],
 )

@@ -31,6 +31,7 @@ for _path in (str(_ROOT), str(_ROOT / "tools")):
 from collecting.compare import Row, as_json, compare  # noqa: E402
 from collecting.sources import CollectError, find  # noqa: E402
 
+from mhc_megatron.errors import quiet_pipe  # noqa: E402
 from mhc_megatron.hardware import peak_tflops  # noqa: E402
 
 
@@ -57,6 +58,7 @@ COLUMNS: dict[str, tuple[str, Callable[..., str]]] = {
 }
 
 
+@quiet_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     notes: list[str] = []
@@ -72,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.baseline and options.baseline not in [source.name for source in sources]:
             raise CollectError(f"--baseline {options.baseline}: there is no run of that name")
         rows = compare(sources, peak, options.baseline)
-        print(json.dumps(as_json(rows), indent=1) if options.json else table(rows), end="\n")
         if options.out:
             _write(options.out, rows)
+        print(json.dumps(as_json(rows), indent=1) if options.json else table(rows), end="\n")
     except CollectError as error:
         print(f"collect.py: {error}", file=sys.stderr)
         return 2

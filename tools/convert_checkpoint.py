@@ -31,7 +31,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 import torch  # noqa: E402
 
 from mhc_megatron.checkpoint import convert  # noqa: E402
-from mhc_megatron.errors import UserError  # noqa: E402
+from mhc_megatron.errors import UserError, quiet_pipe  # noqa: E402
 
 DTYPES = {
     "fp32": torch.float32,
@@ -49,6 +49,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+@quiet_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0, or 2 with one sentence on stderr."""
     options = parser().parse_args(argv)
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}.", file=sys.stderr)

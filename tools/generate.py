@@ -90,7 +90,7 @@ def _run(options: argparse.Namespace) -> None:
         checkpoint = generation.find_checkpoint(options.run, options.step)
         args, mhc = generation.read_arguments(checkpoint)
         encoder = find_encoder(args, options.tokenizer)
-        prompt = [int(i) for i in encoder.encode([_utf8(options.prompt)])[0]]
+        prompt = _encoded(options.prompt, encoder)
         # Before the weights are read: they may be many.
         generation.check_prompt(
             prompt, options.tokens, encoder.vocab_size, args.max_position_embeddings
@@ -117,6 +117,15 @@ def _temperature(options: argparse.Namespace) -> float:
     if options.temperature is not None:
         return options.temperature
     return 1.0 if options.top_k or options.top_p != 1.0 else 0.0
+
+
+def _encoded(text: str, encoder: Encoder) -> list[int]:
+    document = _utf8(text)
+    try:
+        return [int(i) for i in encoder.encode([document])[0]]
+    except Exception as error:  # the libraries raise bare Exception
+        said = " ".join(str(error).split())
+        raise UserError(f"the tokenizer refuses the prompt ({said})") from None
 
 
 def _utf8(text: str) -> bytes:

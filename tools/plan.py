@@ -31,11 +31,12 @@ for _path in (os.path.join(_ROOT, "kernels"), _ROOT):
         sys.path.insert(0, _path)
 
 from launch.settings import Settings, load, parse  # noqa: E402
-from mhc_megatron.errors import UserError  # noqa: E402
+from mhc_megatron.errors import UserError, quiet_pipe  # noqa: E402
 
 GIB, MIB = 2**30, 2**20
 
 
+@quiet_pipe
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the plan that the command line asks for; returns the exit code."""
     options = _parser().parse_args(arguments)

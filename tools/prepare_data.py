@@ -33,6 +33,7 @@ from typing import Any, NoReturn
 if __package__ in (None, ""):  # run as a script: the repository's root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mhc_megatron.errors import quiet_pipe
 from tools.corpus import CorpusError
 from tools.corpus.encoders import PATTERNS, encoder_path, encoder_spec
 from tools.corpus.prepare import Corpus, Options, corpus_of, prepare, stdlib_corpus, verify
@@ -191,6 +192,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
 
 
+@quiet_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, 2 for bad input, 128 + the signal's number."""
     arguments = parser().parse_args(argv)

@@ -41,9 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             files = _files(runs, options.title or _title(runs), command)
             _write(out, files)
             print(out / PAGE_FILE, file=sys.stderr if options.json else sys.stdout)
+        sys.stdout.flush()  # here, not when Python ends
     except ReportError as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

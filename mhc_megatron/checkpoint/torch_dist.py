@@ -64,8 +64,12 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         return path
     tracker = path / TRACKER
     if tracker.exists():
-        said = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        name = said if said == "release" else f"iter_{int(said):07d}" if said.isdigit() else ""
+        try:
+            said = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        except OSError as error:
+            raise UserError(f"cannot read {tracker}: {error.strerror}.") from error
+        step = re.fullmatch(r"[0-9]{1,12}", said)
+        name = said if said == "release" else f"iter_{int(said):07d}" if step else ""
         if not name:
             raise UserError(f"{tracker} is damaged: it must hold an iteration or 'release'.")
         if (path / name / ".metadata").exists():
