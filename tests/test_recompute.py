@@ -237,12 +237,16 @@ def test_a_second_backward_through_the_same_graph() -> None:
     assert same_bits(*results)
 
 
-def test_prediction_layers_of_the_wrapped_spec_share_no_block() -> None:
+def test_prediction_layers_of_the_wrapped_spec_share_no_block(monkeypatch) -> None:
     """Megatron makes their block of the decoder's last layer, which may be wrapped already."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from mhc_megatron.recompute import recomputes
+
+    # It keeps losses by depth, those of the process's first model.
+    monkeypatch.setattr(MTPLossLoggingHelper, "tracker", {})
 
     def train(recompute: int):
         gpt = model(recompute, layers=2, hidden_size=32, mtp_num_layers=2)
