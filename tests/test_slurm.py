@@ -5,6 +5,7 @@ Skipped where Slurm is not installed or this is not root (tests/slurm_cluster.py
 
 import json
 import os
+import statistics
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,7 @@ env:
   PYTHONPATH: {path}
 """
 
-ITERATIONS = 16
+ITERATIONS = 120  # the steps after the fourth take longer than Slurm to preempt the job
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +208,7 @@ def test_a_node_that_is_gone_costs_the_steps_since_the_last_save(slurm, files, w
     slurm.start_node()
     assert slurm.wait(job) == "COMPLETED", said(run)
     resumed = [r["iteration"] for r in soak.records(run) if r["event"] == "resume"]
-    assert resumed and resumed[0] in (4, 8, 12)
+    assert resumed and resumed[0] % 4 == 0 and 4 <= resumed[0] < ITERATIONS
     assert losses(run) == losses(whole)
 
 
@@ -217,7 +218,8 @@ def test_the_time_limit_and_a_chain(slurm, files, whole, tmp_path):
     run = tmp_path / "run"
     text = SITE.format(launcher="torchrun", python=sys.executable, path=_path(), stop=20)
     (tmp_path / "site.yaml").write_text(text)
-    iterations = 300
+    trained = [r["step_time_s"] for r in soak.records(whole) if r["event"] == "train"]
+    iterations = round(60 / statistics.median(trained))
     words = ["--config", str(files / "small.yaml"), "--site", str(tmp_path / "site.yaml")]
     words += ["--set", f"run.name=limited{os.getpid()}", "--set", f"train-iters={iterations}"]
     words += ["--run-dir", str(run), "--time", "1", "--chain", "2"]
