@@ -5,8 +5,8 @@ Skipped where Slurm is not installed or this is not root (tests/slurm_cluster.py
 
 import json
 import os
-import statistics
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
