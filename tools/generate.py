@@ -30,11 +30,12 @@ for _path in (os.path.join(_ROOT, "kernels"), _ROOT):
     if _path not in sys.path:
         sys.path.insert(0, _path)
 
-from mhc_megatron.errors import UserError  # noqa: E402
+from mhc_megatron.errors import UserError, quiet_pipe  # noqa: E402
 from tools.corpus import CorpusError  # noqa: E402
 from tools.corpus.encoders import Encoder, EncoderSpec, encoder_spec, load  # noqa: E402
 
 
+@quiet_pipe
 def main(arguments: Sequence[str] | None = None) -> int:
     """Generate what the command line asks for; returns the exit code."""
     options = _parser().parse_args(arguments)
@@ -44,9 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, CorpusError) as error:
         print(f"generate.py: {str(error).rstrip('.')}.", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         return 130
 
