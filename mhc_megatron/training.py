@@ -60,6 +60,7 @@ from mhc_megatron.checkpoint.sound import settle
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.corpus import check_corpus
 from mhc_megatron.errors import UserError
+from mhc_megatron.fp8 import scales_before_weights
 from mhc_megatron.hybrid import local_hybrid_stack
 from mhc_megatron.layer_spec import mhc_layer_spec
 from mhc_megatron.optimizer import group_connections
@@ -531,7 +532,8 @@ def explain_checkpoint_errors(mhc: MHCConfig, say: Callable[[str], None] = print
             for line in settle(run.load):
                 say(line)
         try:
-            return load(*args, **kwargs)
+            with scales_before_weights(args[0], run):
+                return load(*args, **kwargs)
         except (TypeError, AttributeError, NameError, UserError):
             raise
         except (Exception, CheckpointException) as error:  # torch, Megatron, pickle: own ones each

@@ -27,6 +27,7 @@ import datetime
 import gzip
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -103,10 +104,14 @@ def _parser() -> Parser:
     add("--minutes", type=float, default=7.0, help="for everything (default 7)")
     add("--parts", default=",".join(PARTS), help="comma-separated, in their order")
     add("--overlap-seconds", type=float, default=155.0)
+    add("--overlap-rounds", type=int, default=5, help="measurements of a row of the overlap")
+    add("--overlap-hop-ctas", type=int, default=4,
+        help="NCCL's blocks for a hop in the overlap's second run on four GPUs or more")
     add("--overlap-layers", type=int, default=2, help="of a chunk of the overlap's model")
     add("--overlap-tokens", type=int, default=12288, help="of its microbatches")
     add("--training-seconds", type=float, default=115.0)
-    add("--row-seconds", type=float, default=45.0, help="of a row of the layouts")
+    add("--row-seconds", type=float, default=90.0, help="of a row of the layouts")
+    add("--rows", default="", metavar="REGEX", help="of the layouts: only rows whose name has it")
     add("--layers", type=int, default=4, help="of the training slice")
     add("--tokens", type=int, default=16384, help="of the training slice, a GPU")
     return parser
@@ -206,15 +211,14 @@ def overlap(options: argparse.Namespace, found: dict[str, Any]) -> None:
     """Every layout in processes of its own: one that hangs leaves the others."""
     from layouts_bench import ranks
 
-    count = 1 if options.gpus % 4 == 0 else 2  # as overlap_bench.pipeline.layouts says
     found["layouts"], errors = {}, []
     end = time.monotonic() + _left(options, options.overlap_seconds)
-    for index in range(count):
-        # The first of two has fewer rows, and leaves the other what it does not need.
-        seconds = (end - time.monotonic()) * (1 if index == count - 1 else 0.45)
-        folder = options.scratch / f"overlap-{index}"
-        command = [str(_ROOT / "tools" / "bench_overlap.py"), "--out", str(folder)]
-        command += ["--layout", str(index), "--device", options.device, "--rounds", "3"]
+    runs = _overlap_runs(options)
+    for number, (words, share) in enumerate(runs):
+        seconds = (end - time.monotonic()) * share
+        folder = options.scratch / f"overlap-{number}"
+        command = [str(_ROOT / "tools" / "bench_overlap.py"), "--out", str(folder), *words]
+        command += ["--device", options.device, "--rounds", str(options.overlap_rounds)]
         # A round or a profile that began goes on to its end.
         command += ["--seconds", f"{0.85 * seconds:.0f}"]
         command += ["--layers", str(options.overlap_layers)]
@@ -227,16 +231,29 @@ def overlap(options: argparse.Namespace, found: dict[str, Any]) -> None:
         for name, section in (("results.json", "NCCL"), ("partial.json", None)):
             if (path := folder / name).exists():
                 read = json.loads(path.read_text(encoding="utf-8"))
-                found["layouts"] |= read.get(section, {}) if section else read
+                read = read.get(section, {}) if section else read
+                found["layouts"] |= {of["what"]: of for of in read.values()}
         if error:
-            errors.append(f"layout {index}: {error}")
-        _keep_traces(options, folder)
+            errors.append(f"{' '.join(words)}: {error}")
+        _keep_traces(options, folder, f"{number}-" if number else "")
     import bench_overlap
 
     for of in found["layouts"].values():
         found["lines"] += bench_overlap.nccl_table(of["what"], of["rows"])
     found["lines"] += [f"failed: {error}" for error in errors]
     found["errors"], found["failed"] = errors, bool(errors)
+
+
+def _overlap_runs(options: argparse.Namespace) -> list[tuple[list[str], float]]:
+    """Words for bench_overlap.py, and the share of the time that is left.
+
+    As overlap_bench.pipeline.layouts has them: one layout of a multiple of four GPUs, which runs
+    again with hops that take fewer multiprocessors; two of two, the first of which has fewer rows.
+    """
+    if options.gpus % 4:
+        return [(["--layout", "0"], 0.45), (["--layout", "1"], 1.0)]
+    fewer = ["--layout", "0", "--hop-ctas", str(options.overlap_hop_ctas), "--no-pieces"]
+    return [(["--layout", "0"], 0.62), (fewer, 1.0)]
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -367,6 +384,7 @@ def layouts(options: argparse.Namespace, found: dict[str, Any]) -> None:
     from layouts_bench import plan
 
     entries = plan.entries(options.gpus, options.quick)
+    entries = [entry for entry in entries if re.search(options.rows, entry.name)]
     rows: list[dict[str, Any]] = []
     outcomes: dict[str, Any] = {}
 
@@ -382,6 +400,7 @@ def layouts(options: argparse.Namespace, found: dict[str, Any]) -> None:
 
     with _crew(options) as crew:
         crew.run(_tasks(options, entries), options.until - 8, done)
+        _without_connections(options, crew, entries, rows)
     told = {row["name"] for row in rows}
     skipped = [entry.name for entry in entries if entry.name not in told]
     found |= {"rows": rows, "skipped": skipped}
@@ -391,6 +410,27 @@ def layouts(options: argparse.Namespace, found: dict[str, Any]) -> None:
     }  # fmt: skip
     found["lines"] += _layouts_table(rows, skipped)
     found["failed"] = any(not row["ok"] for row in rows) or not rows
+
+
+def _without_connections(options: argparse.Namespace, crew, entries: list, rows: list) -> None:
+    """Say of each row that failed whether plain Megatron fails there too."""
+    from layouts_bench import plan
+    from layouts_bench.crew import Task
+
+    broken = {row["name"]: row for row in rows
+              if "mhc" not in row and not row["error"].startswith("no reference")}  # fmt: skip
+    tasks = [
+        Task(entry.name, entry.world, plan.job(entry, options.device) | {
+            "load": _weights(options, plan.family(entry)), "variants": ["none"]})
+        for entry in entries if entry.name in broken
+    ]  # fmt: skip
+
+    def done(task, outcome) -> None:
+        last = (outcome.error.strip().splitlines() or ["trains"])[-1]
+        broken[task.name]["plain_alone"] = last
+        print(f"[{time.monotonic() - _START:4.0f} s] {task.name}, plain alone: {last[:120]}")
+
+    crew.run(tasks, options.until - 8, done)
 
 
 def _crew(options: argparse.Namespace):
@@ -480,6 +520,8 @@ def _layouts_table(rows: list[dict[str, Any]], skipped: list[str]) -> list[str]:
     lines += [_row_line(row) for row in rows]
     for row in broken:
         lines += [f"{row['name']}:", *(f"    {line}" for line in row["error"].splitlines()[-6:])]
+        if "plain_alone" in row:
+            lines.append(f"    plain Megatron alone: {row['plain_alone'][:200]}")
     if skipped:
         lines.append(f"no time: {'; '.join(skipped)}")
     return lines

@@ -85,7 +85,7 @@ def main() -> int:
 
         cpu.enable()
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    start(several, options.device)
+    start(several, options.device, options.hop_ctas)
     parts: dict[str, Callable] = {"NCCL": pipeline} if several else {"emulation": emulation}
     failed, results, text = [], {"arguments": vars(options), "device": device_name(options)}, []
     for name, part in parts.items():
@@ -126,10 +126,14 @@ def _parser() -> Parser:
                         help="several GPUs: only the I-th of their layouts, from 0")
     parser.add_argument("--seconds", type=float, default=3600.0,
                         help="several GPUs: begin no round and no profile after that many")
+    parser.add_argument("--hop-ctas", type=int, default=None, metavar="N",
+                        help="several GPUs: at most N of NCCL's blocks for a hop between stages")
+    parser.add_argument("--no-pieces", action="store_true",
+                        help="several GPUs: no rows with pieces of the schedule left out")
     return parser
 
 
-def start(several: bool, device: str) -> None:
+def start(several: bool, device: str, hop_ctas: int | None = None) -> None:
     """Process groups; all ranks of a pipeline, or one."""
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -139,7 +143,13 @@ def start(several: bool, device: str) -> None:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if several:
-        dist.init_process_group(backend)
+        limits = None
+        if hop_ctas is not None and device == "cuda":
+            # With two stages Megatron sends one way over the group of all ranks
+            # (pipeline_parallel/p2p_communication.py:75).
+            limits = dist.ProcessGroupNCCL.Options()
+            limits.config.max_ctas = hop_ctas
+        dist.init_process_group(backend, pg_options=limits)
         return  # each layout has groups of its own
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -315,7 +325,10 @@ def pipeline(options: argparse.Namespace, out: Path) -> tuple[dict[str, Any], li
         f"{device_name(options)}"
     ]
     for layout in chosen:
-        models = Models(shape_of(options), layout, options.device == "cpu")
+        models = Models(
+            shape_of(options), layout, options.device == "cpu", options.hop_ctas,
+            pieces=not options.no_pieces,
+        )  # fmt: skip
         rows: dict[str, dict[str, Any]] = {}
         result[layout.name] = {"what": models.describe(), "rows": rows}
         turns(options, models, rows, lambda: _save(out, result))
@@ -330,10 +343,8 @@ def pipeline(options: argparse.Namespace, out: Path) -> tuple[dict[str, Any], li
 
 def turns(options: argparse.Namespace, models, found: dict[str, Any], save: Callable) -> None:
     """Add every row's milliseconds to ``found``, round by round, or why there are none."""
-    from overlap_bench.pipeline import rows
-
-    order = rows(models.layout)
-    found |= {row.name: {"steps": [], "retries": 0} for row in order}
+    order = models.rows
+    found |= {row.name: {"steps": [], "retries": 0, "allocations": 0} for row in order}
     for i in range(1 + (2 if options.quick else options.rounds)):
         if i > 1 and _late(options):
             break
@@ -343,27 +354,28 @@ def turns(options: argparse.Namespace, models, found: dict[str, Any], save: Call
             if "error" in of:
                 continue
             try:
-                ms, retries = models.step(row)
+                ms, allocator = models.step(row)
             except Exception as error:
                 traceback.print_exc()
                 of["error"] = f"{type(error).__name__}: {error}"[:300]
                 continue
             if i > 0:  # the first round warms up
                 of["steps"].append(ms)
-                of["retries"] += retries
+                of["retries"] += allocator.retries
+                of["allocations"] += allocator.allocations
                 of["ms"] = statistics.median(of["steps"])
         save()
 
 
 def profiles(options: argparse.Namespace, out: Path, models, found: dict[str, Any]) -> None:
     """Add what the links did to each row; the traces of two rows stay."""
-    from overlap_bench.pipeline import PIECES, WHOLE, rows
+    from overlap_bench.pipeline import PIECES, WHOLE
 
     if options.device == "cpu":
         return
     kept = {WHOLE.name: "ours", "mHC, Megatron's own placing": "megatrons"}
     # Those first that matter most, as the time may end.
-    order = sorted(rows(models.layout), key=lambda row: row.without in PIECES)
+    order = sorted(models.rows, key=lambda row: row.without in PIECES)
     for row in order:
         if "error" in found[row.name] or _late(options):
             continue
@@ -376,7 +388,8 @@ def profiles(options: argparse.Namespace, out: Path, models, found: dict[str, An
 def nccl_table(what: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     """One layout in words; the differences are to the row without overlap of the same model.
 
-    A row in which an allocator ran out of memory and started anew is marked: it says little.
+    Marked is a row in whose timed steps an allocator ran out of memory and started anew, which
+    says little, or asked the driver for more, which waits for the GPU.
     """
     head = "".join(f"{name:>{width}s}" for name, width in (
         ("ms a step", 11), ("spread", 18), ("change", 9), ("over resid.", 12),
@@ -396,9 +409,15 @@ def nccl_table(what: str, rows: dict[str, dict[str, Any]]) -> list[str]:
         lines.append(
             f"{name:36s}{of['ms']:11.2f}{spread:>18s}{_share(of['ms'], alone):>9s}"
             f"{_share(of['ms'], plain if model == 'mHC' else None):>12s}{''.join(told)}"
-            f"{'  short of memory' if of.get('retries') else ''}"
+            f"{_marks(of)}"
         )
     return [*lines, ""]
+
+
+def _marks(of: dict[str, Any]) -> str:
+    if of.get("retries"):
+        return "  short of memory"
+    return f"  {of['allocations']} cudaMalloc" if of.get("allocations") else ""
 
 
 def _share(ms: float, other: float | None) -> str:

@@ -120,7 +120,7 @@ def tanh(x):
 @triton.jit
 def sinkhorn(logits, ITERATIONS: tl.constexpr):
     """Eq. (9) on [BT, n, n]."""
-    m = tl.exp(logits - tl.max(tl.max(logits, axis=2, keep_dims=True), axis=1, keep_dims=True))
+    m = tl.exp(logits - tl.max(logits, axis=1, keep_dims=True))
     for _ in range(ITERATIONS):
         m = m * (1.0 / tl.sum(m, axis=1, keep_dims=True))
         m = m * (1.0 / tl.sum(m, axis=2, keep_dims=True))
@@ -135,7 +135,7 @@ def sinkhorn_grad(logits, dH, ITERATIONS: tl.constexpr):
     its sums kept, one register each; going back, a matrix before a normalisation is the one after
     it times the sum.
     """
-    m = tl.exp(logits - tl.max(tl.max(logits, axis=2, keep_dims=True), axis=1, keep_dims=True))
+    m = tl.exp(logits - tl.max(logits, axis=1, keep_dims=True))
     sums = ()
     for _ in tl.static_range(ITERATIONS):
         columns = tl.sum(m, axis=1, keep_dims=True)

@@ -84,9 +84,9 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_both(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The job with connections, and the same with Megatron's own residual path."""
+    """The job with connections, and the same with Megatron's own residual path; or ``variants``."""
     results = {}
-    for variant in ("mhc", "none"):
+    for variant in job.get("variants", ("mhc", "none")):
         folders = {
             key: os.path.join(job[key], variant) for key in ("load", "save_initial") if key in job
         }

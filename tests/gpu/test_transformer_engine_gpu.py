@@ -253,18 +253,13 @@ def test_graphs_of_the_trainer(graphs, tmp_path):
 @pytest.mark.parametrize("weights", ["bf16 weights", "fp8 weights"])
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
 def test_a_resumed_fp8_run_goes_on_equal(recipe, weights, tmp_path):
-    """Eight steps, and four, saved, then four more: the same losses; or no worse than Megatron's.
+    """Eight steps, and four, saved, then four more: the same losses.
 
-    Delayed scaling quantises FP8 weights anew on loading, by a scale that has moved on.
+    Delayed scaling with FP8 weights needs ``mhc_megatron.fp8``: without it 3e-3.
     """
     difference = after_resuming(tmp_path, recipe, weights, "mhc")
     print(f"{recipe}, {weights}: relative difference of a loss after resuming {difference:.1e}")
-    limit = 1e-6
-    if recipe == "delayed" and weights == "fp8 weights":
-        plain = after_resuming(tmp_path, recipe, weights, "none")
-        print(f"plain Megatron: {plain:.1e}")
-        limit = max(limit, 3 * plain)
-    assert difference < limit
+    assert difference < 1e-6
 
 
 def after_resuming(folder: Path, recipe: str, weights: str, variant: str) -> float:

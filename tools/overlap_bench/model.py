@@ -74,7 +74,7 @@ def configuration(shape: Shape, cpu: bool, **changes: Any) -> TransformerConfig:
         "bias_activation_fusion": not cpu,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
+        "apply_rope_fusion": not cpu,
         "persist_layer_norm": False,
     }
     if not shape.dense:
@@ -88,6 +88,7 @@ def configuration(shape: Shape, cpu: bool, **changes: Any) -> TransformerConfig:
             "moe_expert_capacity_factor": 1.0,
             "moe_pad_expert_input_to_capacity": True,
             "moe_grouped_gemm": not cpu,
+            "moe_permute_fusion": not cpu,
         }
     config = TransformerConfig(**(settings | changes))
     # Its own check wants several expert-parallel ranks (transformer_config.py:2680).

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -98,6 +98,14 @@ def rows(layout: Layout) -> list[Row]:
     return [row for row in found if row.without in ("", "mixing_stream") or "," in row.without]
 
 
+class Allocator(NamedTuple):
+    """What the allocator did in a step, the most of any rank: how often it gave memory back to
+    find some, and how often it asked the driver for more."""
+
+    retries: int
+    allocations: int
+
+
 class Models:
     """The models of a layout on this rank; ``step`` runs a row's step.
 
@@ -105,20 +113,30 @@ class Models:
         shape: of one chunk; its experts are those of one rank.
         layout: makes Megatron's process groups, which ``close`` ends.
         cpu: over gloo, with Megatron's own layers.
+        hop_ctas: the most blocks of NCCL's kernels between stages; None for NCCL's choice.
+        pieces: whether ``rows`` has those with pieces left out.
     """
 
-    def __init__(self, shape: Shape, layout: Layout, cpu: bool) -> None:
-        self.shape, self.layout, self.cpu = shape, layout, cpu
+    def __init__(
+        self, shape: Shape, layout: Layout, cpu: bool, hop_ctas: int | None, pieces: bool
+    ) -> None:
+        self.shape, self.layout, self.cpu, self.hop_ctas = shape, layout, cpu, hop_ctas
+        self.rows = [row for row in rows(layout) if pieces or row.without not in PIECES]
         pipeline = {"virtual_pipeline_model_parallel_size": VPP} if layout.pp > 1 else {}
-        parallel_state.initialize_model_parallel(
-            pipeline_model_parallel_size=layout.pp,
-            expert_model_parallel_size=layout.ep,
-            **pipeline,
-        )
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as limits:
+            if hop_ctas is not None:
+                limits.write(f"pp: {{max_ctas: {hop_ctas}, min_ctas: 1}}\n")
+                limits.flush()
+                pipeline["nccl_communicator_config_path"] = limits.name
+            parallel_state.initialize_model_parallel(
+                pipeline_model_parallel_size=layout.pp,
+                expert_model_parallel_size=layout.ep,
+                **pipeline,
+            )
         torch.manual_seed(1)
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         self._built: dict[tuple[bool, bool], list] = {}
-        for row in rows(layout):
+        for row in self.rows:
             kind = row.residual, row.overlapped
             if kind not in self._built:
                 self._built[kind] = self._build(*kind)
@@ -163,19 +181,20 @@ class Models:
             f"{self.layout.name}, {self.shape.layers} layers a chunk, {self.layout.microbatches} "
             f"microbatches of {self.shape.tokens} tokens, C {self.shape.hidden}, "
             f"{self.shape.experts} experts a rank"
+            f"{'' if self.hop_ctas is None else f', hops of at most {self.hop_ctas} CTAs'}"
         )
 
-    def step(self, row: Row) -> tuple[float, int]:
-        """Milliseconds of a step, forward and backward, of the slowest rank; and how often the
-        allocator of a rank gave memory back to find some, which waits for the GPU.
+    def step(self, row: Row) -> tuple[float, Allocator]:
+        """Milliseconds of a step, forward and backward, of the slowest rank.
 
         A step that is not timed goes before it: the row before leaves memory in other sizes and
         other streams' pools.
         """
         self._run(row)
-        before = _retries()
+        before = _allocator()
         ms = self._run(row)
-        return _over_ranks(ms, max), int(_over_ranks(_retries() - before, max))
+        did = [now - then for now, then in zip(_allocator(), before, strict=True)]
+        return _over_ranks(ms, max), Allocator(*(int(_over_ranks(each, max)) for each in did))
 
     def reserved(self) -> float:
         """GiB that the allocator holds, the most of any rank."""
@@ -240,10 +259,9 @@ def _loss(out: torch.Tensor):
     return loss, {"loss": loss.detach()}
 
 
-def _retries() -> int:
-    if not torch.cuda.is_available():
-        return 0
-    return torch.cuda.memory_stats().get("num_alloc_retries", 0)
+def _allocator() -> Allocator:
+    stats = torch.cuda.memory_stats() if torch.cuda.is_available() else {}
+    return Allocator(stats.get("num_alloc_retries", 0), stats.get("num_device_alloc", 0))
 
 
 def _over_ranks(value: float, reduce: Callable[[Iterable[float]], float]) -> float:
