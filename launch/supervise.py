@@ -314,17 +314,24 @@ def _hangs(path: Path, began: float) -> bool:
 
 def _last_exit(run_dir: Path, began: float) -> Mapping[str, Any] | None:
     """The ``exit`` record that this attempt wrote, if it did."""
+    record = _newest(run_dir, "exit")
+    return record if record is not None and record.get("time", 0) >= began else None
+
+
+def _newest(run_dir: Path, event: str) -> Mapping[str, Any] | None:
+    """The last record of an event in metrics.jsonl; lines that are cut are passed over."""
     try:
         lines = (run_dir / "metrics.jsonl").read_bytes().splitlines()
     except OSError:
         return None
-    for line in reversed(lines[-50:]):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record.get("event") == "exit":
-            return record if record.get("time", 0) >= began else None
+    for line in reversed(lines):
+        if f'"{event}"'.encode() in line:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and record.get("event") == event:
+                return record
     return None
 
 
@@ -336,21 +343,8 @@ def checkpoint(run_dir: Path) -> int:
     try:
         return int((run_dir / "checkpoints" / TRACKER).read_text())
     except (OSError, ValueError):
-        return _last_save(run_dir)
-
-
-def _last_save(run_dir: Path) -> int:
-    try:
-        lines = (run_dir / "metrics.jsonl").read_bytes().splitlines()
-    except OSError:
-        return -1
-    for line in reversed(lines):
-        if b'"save"' in line:
-            try:
-                return int(json.loads(line)["iteration"])
-            except (ValueError, KeyError, TypeError):
-                continue
-    return -1
+        saved = _newest(run_dir, "save") or {}
+        return int(saved.get("iteration", -1))
 
 
 # --------------------------------------------------------------------------------------- history

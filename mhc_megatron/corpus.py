@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -94,6 +95,35 @@ def _index_size(idx_path: str) -> tuple[int, int, np.dtype]:
         lengths = np.fromfile(f, dtype=np.int32, count=sequences)
     # The index lists where documents begin, and where the last one ends.
     return int(lengths.sum(dtype=np.int64)), documents - 1, np.dtype(_DTYPES[code])
+
+
+@contextlib.contextmanager
+def whole_indices() -> Iterator[None]:
+    """Let Megatron's dataset builders write the indices that they cache as a whole or not at all.
+
+    They call ``numpy.save`` on the final name (core/datasets/gpt_dataset.py:608,
+    blended_dataset.py:207) and later read what is there: a disk that is full, or a kill, would
+    leave a cut file in which every later start ends. A missing one is built again.
+    """
+    plain = np.save
+
+    def save(file, *args, **kwargs) -> None:
+        part = f"{file}.{os.getpid()}.part"
+        try:
+            with open(part, "wb") as f:  # given a name, it would add .npy
+                plain(f, *args, **kwargs)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(part, file)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part)
+
+    np.save = save
+    try:
+        yield
+    finally:
+        np.save = plain
 
 
 def _vocab_size(prefix: str) -> int | None:

@@ -11,6 +11,8 @@ import os
 import re
 from collections.abc import Mapping
 
+from mhc_megatron.errors import UserError
+
 #: Metric -> (type, help). Names end in their unit, as Prometheus asks.
 METRICS: dict[str, tuple[str, str]] = {
     "mhc_iteration": ("counter", "Iterations trained."),
@@ -36,10 +38,16 @@ class Exporter:
     Args:
         folder: node_exporter's ``--collector.textfile.directory``.
         run: the run's name, a label of every metric and part of the file's name.
+
+    Raises:
+        UserError: the folder is not there and cannot be made.
     """
 
     def __init__(self, folder: str, run: str) -> None:
-        os.makedirs(folder, exist_ok=True)
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run: prometheus: {folder}: {error.strerror}.") from error
         self.path = os.path.join(folder, f"mhc_{re.sub(r'[^A-Za-z0-9_.-]', '_', run)}.prom")
         self._run = run
         self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}

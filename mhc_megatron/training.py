@@ -58,7 +58,7 @@ from torch.distributed.checkpoint import CheckpointException
 from mhc_megatron.apex import supply_weight_gradient
 from mhc_megatron.checkpoint.sound import settle
 from mhc_megatron.config import MHCConfig
-from mhc_megatron.corpus import check_corpus
+from mhc_megatron.corpus import check_corpus, whole_indices
 from mhc_megatron.errors import UserError
 from mhc_megatron.fp8 import scales_before_weights
 from mhc_megatron.hybrid import local_hybrid_stack
@@ -253,7 +253,8 @@ def datasets(num_samples: list[int], vp_stage: int | None = None):
         functools.partial(_is_built_on_rank, vp_stage=vp_stage),
         config,
     )
-    return build.build()
+    with whole_indices():
+        return build.build()
 
 
 def _is_built_on_rank(vp_stage: int | None = None) -> bool:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_pretrain import CONFIG, arguments, corpus, launch, records  # noqa: F401
 
+from mhc_megatron.errors import UserError
 from mhc_megatron.exporter import METRICS, Exporter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,12 @@ def read(text: str) -> dict[str, float]:
             assert match, line
             found[f"{match[1]}{{{match[2]}}}"] = float(match[3])
     return found
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="prometheus: .*/file/in: Not a directory"):
+        Exporter(str(tmp_path / "file" / "in"), "a run")
 
 
 def test_the_text_format(tmp_path):
