@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import socket
 import sys
 import time
 from argparse import Namespace
@@ -58,14 +57,15 @@ def check_resiliency() -> None:
 
 
 def single_process() -> None:
-    """What torchrun would set, for one process started without it."""
+    """What torchrun would set, for one process started without it.
+
+    The store takes a free port when it opens: one that was looked for now may be another's by then,
+    half a minute of imports later.
+    """
     if "WORLD_SIZE" in os.environ:
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def load_own_scales(args: Namespace) -> None:

@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as launch/env.sh
 _ROOT = Path(__file__).parents[1]
 for _path in (str(_ROOT / "kernels"), str(_ROOT)):
     if _path not in sys.path:

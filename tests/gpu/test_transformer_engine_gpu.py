@@ -275,4 +275,5 @@ def after_resuming(folder: Path, recipe: str, weights: str, variant: str) -> flo
     pretrain(config, folder / "run", *common, "exit-interval=4", "save-interval=4")
     parts = pretrain(config, folder / "run", *common)
     assert len(whole) == len(parts) == 8
+    print(f"{variant}, {recipe}, {weights}: never stopped {whole}, resumed {parts}")
     return max(abs(a - b) / b for a, b in zip(parts, whole, strict=True))
