@@ -16,7 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """A shape of the chain; ``norm`` and ``y_bias`` switch the optional operands on."""
+    """A shape of the chain; ``norm`` and ``y_bias`` switch the optional operands on.
+
+    ``low`` is added to the logits of H_res's first column.
+    """
 
     n: int
     C: int
@@ -25,6 +28,7 @@ class Case:
     dtype: str = "bfloat16"
     norm: bool = False
     y_bias: bool = False
+    low: float = 0.0
 
 
 #: Small awkward shapes: T not a multiple of a tile, C with few factors of two, every variant.
@@ -40,6 +44,7 @@ INTERPRETER_CASES = (
     Case(4, 32, 9, norm=True, y_bias=True),
     Case(4, 32, 9, dtype="float32", norm=True, y_bias=True),
     Case(4, 240, 3, norm=True),  # the last block of channels reaches beyond C
+    Case(4, 32, 5, dtype="float32", low=-110.0),  # exp(-110) is 0 in float32
 )
 
 
@@ -62,6 +67,7 @@ def make_inputs(case: Case, device: str) -> dict[str, Tensor]:
         inputs["phi" + name] = normal(K, case.n * case.C, scale=scale).float()
         inputs["alpha" + name] = normal(A, scale=0.3).add(1).float()
         inputs["bias" + name] = normal(K).float()
+        inputs["bias" + name][2 * case.n :: case.n] += case.low
     if case.norm:
         inputs["norm_weight"] = normal(case.C, scale=0.1).add(1).float()
     if case.y_bias:

@@ -34,6 +34,7 @@ CASES = [
     Case(2, 64, 77),
     Case(2, 128, 1, "birkhoff", "float32"),
     Case(8, 64, 33),
+    Case(4, 64, 9, dtype="float32", low=-110.0),
 ]
 
 
