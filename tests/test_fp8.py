@@ -13,7 +13,7 @@ from torch import nn
 
 from mhc_megatron.fp8 import scales_before_weights
 
-DELAYED = Namespace(fp8_param_gather=True, fp8_recipe="delayed")
+DELAYED = Namespace(fp8_param_gather=True, fp8_recipe="delayed", stream_ckpt_dequant=True)
 
 
 class _Quantized(torch.Tensor):
@@ -60,7 +60,9 @@ def saved() -> dict:
 def test_loaded_weights_are_the_saved_ones() -> None:
     state, model = saved(), nn.Sequential(Linear())
     with scales_before_weights([model], DELAYED):
+        assert not DELAYED.stream_ckpt_dequant  # what the loader would quantise with scale 1
         model.load_state_dict(state)
+    assert DELAYED.stream_ckpt_dequant
     assert torch.equal(torch.Tensor(model[0].weight), torch.Tensor(state["0.weight"]))
     assert model[0].get_extra_state() == {"scale": 50.0, "amax": 0.0351}
 
@@ -69,7 +71,9 @@ def test_loaded_weights_are_the_saved_ones() -> None:
 def test_nothing_is_done_elsewhere(changes) -> None:
     """The stand-in then loses its small weights, as a fresh module's scale makes it."""
     state, model = saved(), nn.Sequential(Linear())
-    with scales_before_weights([model], Namespace(**vars(DELAYED) | changes)):
+    args = Namespace(**vars(DELAYED) | changes)
+    with scales_before_weights([model], args):
+        assert args.stream_ckpt_dequant
         model.load_state_dict(state)
     assert torch.Tensor(model[0].weight).abs().max() == 0
     assert not model[0]._load_state_dict_pre_hooks

@@ -67,7 +67,7 @@ def trusted(monkeypatch):
 
 def loaded(state: dict[str, torch.Tensor], recipe: str) -> Trained:
     fresh = Trained()
-    args = Namespace(fp8_param_gather=True, fp8_recipe=recipe)
+    args = Namespace(fp8_param_gather=True, fp8_recipe=recipe, stream_ckpt_dequant=True)
     with scales_before_weights([fresh.linear], args):
         fresh.linear.load_state_dict(state)
     return fresh
