@@ -343,8 +343,8 @@ def checkpoint(run_dir: Path) -> int:
     try:
         return int((run_dir / "checkpoints" / TRACKER).read_text())
     except (OSError, ValueError):
-        saved = _newest(run_dir, "save") or {}
-        return int(saved.get("iteration", -1))
+        iteration = (_newest(run_dir, "save") or {}).get("iteration")
+        return iteration if isinstance(iteration, int) else -1
 
 
 # --------------------------------------------------------------------------------------- history

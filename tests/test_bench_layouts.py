@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,11 +40,50 @@ def test_exposed_is_what_no_other_kernel_covers(monkeypatch) -> None:
 
 def test_one_gpu_and_a_full_folder_are_refused(tmp_path) -> None:
     (tmp_path / "old").write_text("kept")
-    for words, said in ((["--gpus", "1"], "at least two GPUs"), ([], "not an empty folder")):
+    for words, said in (
+        (["--gpus", "1"], "at least two GPUs"),
+        (["--rows", "EP2 ("], "is no regular expression"),
+        ([], "not an empty folder"),
+    ):
         out = tmp_path / "new" if words else tmp_path
         done = subprocess.run([*BENCH, "--out", str(out), *words], capture_output=True, text=True)
         assert done.returncode == 2 and said in done.stderr, done.stderr
     assert (tmp_path / "old").read_text() == "kept" and not (tmp_path / "new").exists()
+
+
+def test_a_row_that_failed_is_tried_without_connections(monkeypatch) -> None:
+    """Also where its reference is there, and only then; what plain Megatron does is in the row."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import bench_layouts
+    import layouts_bench
+    from layouts_bench.crew import Outcome
+
+    # The real one sets the sizes of tests/distributed/data.py, for this whole process.
+    plan = SimpleNamespace(job=lambda entry, device: {"kind": "dense"}, family=lambda entry: "f")
+    monkeypatch.setattr(layouts_bench, "plan", plan, raising=False)
+    names = ["dense | TP2 | fp8", "dense | PP2 | fp8", "dense | CP2 | fp8"]
+    entries = [SimpleNamespace(name=name, world=2) for name in names]
+    rows = [
+        {"name": names[0], "error": "a product failed"},
+        {"name": names[1], "error": "no reference: it failed"},
+        {"name": names[2], "error": "", "mhc": {}},
+    ]
+    tried = []
+
+    class Crew:
+        def run(self, tasks, until, done) -> None:
+            for task in tasks:
+                tried.append((task.name, task.job["variants"], task.world))
+                done(task, Outcome(error="Traceback\nRuntimeError: a product failed\n"))
+
+    options = argparse.Namespace(device="cuda", until=time.monotonic() + 60, scratch=Path("/none"))
+    bench_layouts._without_connections(options, Crew(), entries, rows)
+    assert tried == [(names[0], ["none"], 2)]
+    assert rows[0]["plain_alone"] == "RuntimeError: a product failed"
+    broken = rows[0] | {"ok": False}
+    assert "    plain Megatron alone: RuntimeError: a product failed" in (
+        bench_layouts._layouts_table([broken], [])
+    )
 
 
 @pytest.mark.slow

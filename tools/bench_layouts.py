@@ -72,6 +72,10 @@ def main() -> int:
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         parser.error(f"--parts: {unknown[0]!r} is not one of {', '.join(PARTS)}.")
+    try:
+        re.compile(options.rows)
+    except re.error as error:
+        parser.error(f"--rows: {options.rows!r} is no regular expression: {error}.")
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     options.gpus = options.gpus or _count(options.device)
