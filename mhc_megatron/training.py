@@ -527,14 +527,14 @@ def explain_checkpoint_errors(mhc: MHCConfig, say: Callable[[str], None] = print
     """
     load, check = megatron_training.load_checkpoint, checkpointing.check_checkpoint_args
 
-    def explained(*args, **kwargs):
+    def explained(ddp_model, *args, **kwargs):
         run = get_args()
         if run.load and run.load == run.save and run.ckpt_step is None:
             for line in settle(run.load):
                 say(line)
         try:
-            with scales_before_weights(args[0], run):
-                return load(*args, **kwargs)
+            with scales_before_weights(ddp_model, run):
+                return load(ddp_model, *args, **kwargs)
         except (TypeError, AttributeError, NameError, UserError):
             raise
         except (Exception, CheckpointException) as error:  # torch, Megatron, pickle: own ones each
