@@ -376,6 +376,25 @@ def test_overheads_with_the_vocabulary_and_without():
     assert "+10.00 % of the layers alone" in text and "derived, not measured: +6.67 %" in text
 
 
+def test_the_interval_of_the_added_time_takes_rounds_as_pairs():
+    """Rounds that differ by 40 %, and a second model that takes 5 % more in each of them."""
+    from training_bench.results import Group, Run, table
+
+    none, mhc = results_of(50, 40, "none"), results_of(53, 42, "mhc")
+    none.measured.rounds = [50.0 + 2 * i for i in range(11)]
+    mhc.measured.rounds = [1.05 * ms for ms in none.measured.rounds]
+    group = Group("bf16", [none, mhc])
+    assert group.interval(mhc) == pytest.approx((0.05, 0.05))
+    assert group.interval(none) is None
+    assert "+5.0..+5.0" in table(Run({}, 4, 4, [group]))
+    # As far apart, but not in the same rounds: the interval says so, and holds what is so.
+    mhc.measured.rounds = list(reversed(mhc.measured.rounds))
+    low, high = group.interval(mhc)
+    assert -0.3 < low < 0 < 0.05 < high < 0.5
+    mhc.measured.rounds = none.measured.rounds = [50.0]
+    assert group.interval(mhc) is None
+
+
 @pytest.mark.parametrize(
     ("activity", "kind", "said"),
     [

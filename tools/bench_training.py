@@ -321,7 +321,8 @@ def _header(arguments: list[str], options, part, on_gpu: bool) -> dict[str, str]
     if on_gpu:
         header["method"] = (
             f"variants in turns, {options.steps} steps of each, median between CUDA events, spread "
-            f"= (p90 - p10) / median; kernels: median of {options.profile_steps} profiled steps, "
+            "= (p90 - p10) / median, 95 %: of the added time, rounds resampled; "
+            f"kernels: median of {options.profile_steps} profiled steps, "
             "summed over kernels, copies and fills; of rank 0"
         )
     else:

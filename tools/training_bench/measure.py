@@ -41,6 +41,7 @@ class Measured:
         peak: bytes that a step adds to the resident ones, at most.
         profile: one activity a profiled step; none without a GPU.
         loss: of the last step.
+        rounds: milliseconds of every step; step i of each model is of the same round.
     """
 
     step: Times
@@ -48,6 +49,7 @@ class Measured:
     peak: int
     loss: float | None
     profile: list[Activity] = field(default_factory=list)
+    rounds: list[float] = field(default_factory=list)
 
 
 def measure(
@@ -82,9 +84,12 @@ def measure(
     say(f"{profile_steps} profiled steps of each")
     profiles = profile(models, profile_steps, traces)
     return [
-        Measured(*sample.times(), sample.peak, model.loss(), found)
+        Measured(
+            Times.of(sample.gpu()), Times.of(sample.host), sample.peak, model.loss(), found,
+            sample.gpu(),
+        )
         for model, sample, found in zip(models, samples, profiles)
-    ]
+    ]  # fmt: skip
 
 
 class _Samples:
@@ -92,7 +97,7 @@ class _Samples:
 
     def __init__(self) -> None:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._host: list[float] = []
+        self.host: list[float] = []
         self.peak = 0
 
     def take(self, model: Model) -> None:
@@ -103,14 +108,13 @@ class _Samples:
         start.record()
         began = time.perf_counter()
         model.step()
-        self._host.append(1e3 * (time.perf_counter() - began))
+        self.host.append(1e3 * (time.perf_counter() - began))
         end.record()
         self._events.append((start, end))
         self.peak = max(self.peak, torch.cuda.max_memory_allocated() - resident)
 
-    def times(self) -> tuple[Times, Times]:
-        gpu = [start.elapsed_time(end) for start, end in self._events]
-        return Times.of(gpu), Times.of(self._host)
+    def gpu(self) -> list[float]:
+        return [start.elapsed_time(end) for start, end in self._events]
 
 
 def profile(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from kernel_bench.results import align
@@ -20,6 +22,8 @@ from .trace import Activity
 
 #: A step's time above the GPU's busy time by more than this share: the GPU is not the bottleneck.
 IDLE = 0.05
+#: Of the rounds, for the interval of the added time.
+RESAMPLES = 2000
 GIB = 2**30
 
 
@@ -112,6 +116,27 @@ class Group:
             if self.vocabulary is not None:
                 found["layers"] = added / (theirs.kernel_ms - self.vocabulary)
         return found
+
+    def interval(self, result: Result) -> tuple[float, float] | None:
+        """Between what ``overhead``'s ``step`` lies for 95 % of resampled rounds.
+
+        A bootstrap over rounds, whose steps stay together, since what slows one model often slows
+        the next: it says how much the steps of this run agree, not what another card would give.
+        """
+        base = self.baseline
+        if base is None or base is result or result.measured is None:
+            return None
+        pairs = list(zip(result.measured.rounds, base.measured.rounds, strict=True))
+        if len(pairs) < 2:
+            return None
+        chance = random.Random(0)
+        found = []
+        for _ in range(RESAMPLES):
+            ours, theirs = zip(*chance.choices(pairs, k=len(pairs)), strict=True)
+            found.append(median(ours) / median(theirs) - 1)
+        found.sort()
+        tail = RESAMPLES // 40
+        return found[tail], found[-1 - tail]
 
     def derived(self, result: Result, layers: int, full: int) -> float | None:
         """Added kernel time at full depth, if each layer costs the slice's mean.
@@ -222,6 +247,8 @@ def _column_json(run: Run, group: Group, result: Result) -> dict[str, Any]:
         "profile": profiled if activity else None,
         "idle": result.idle,
         "overhead": group.overhead(result),
+        "step_overhead_95": group.interval(result),
+        "rounds_ms": result.measured.rounds,
         "derived_full_depth_overhead": group.derived(result, run.layers, run.full_layers),
         "bottleneck": bottleneck(result),
     }
@@ -255,8 +282,8 @@ def _group_table(run: Run, group: Group) -> str:
 
 def _summary(group: Group, results: Sequence[Result]) -> list[list[str]]:
     rows = [
-        ["", "step ms", "spread", "tokens/s", "TFLOP/s", "MFU", "added", "kernels ms", "added",
-         "launches", "waits", "idle", "resident GiB", "step GiB"]
+        ["", "step ms", "spread", "tokens/s", "TFLOP/s", "MFU", "added", "95 %", "kernels ms",
+         "added", "launches", "waits", "idle", "resident GiB", "step GiB"]
     ]  # fmt: skip
     for result in results:
         overhead, activity = group.overhead(result), result.activity
@@ -270,6 +297,7 @@ def _summary(group: Group, results: Sequence[Result]) -> list[list[str]]:
                 f"{result.tflops:.4g}" if result.tflops else "-",
                 _percent(result.mfu),
                 _percent(overhead["step"], sign=True),
+                _interval(group.interval(result)),
                 f"{activity.kernel_ms:.2f}" if activity else "-",
                 _percent(overhead["kernels"], sign=True),
                 str(activity.launches) if activity else "-",
@@ -365,6 +393,10 @@ def _bottleneck_line(result: Result) -> str | None:
         f"{label}: NOT bound by the GPU, which is idle {idle:.1f} % of the step; {why}. Compare "
         "kernel times, not step times."
     )
+
+
+def _interval(shares: tuple[float, float] | None) -> str:
+    return "-" if shares is None else "..".join(f"{100 * share:+.1f}" for share in shares)
 
 
 def _percent(share: float | None, sign: bool = False) -> str:
