@@ -33,6 +33,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -344,13 +345,12 @@ def pipeline(options: argparse.Namespace, out: Path) -> tuple[dict[str, Any], li
 
 def turns(options: argparse.Namespace, models, found: dict[str, Any], save: Callable) -> None:
     """Add every row's milliseconds to ``found``, round by round, or why there are none."""
-    order = models.rows
-    found |= {row.name: {"steps": [], "retries": 0, "allocations": 0} for row in order}
+    found |= {row.name: {"steps": [], "retries": 0, "allocations": 0} for row in models.rows}
     for i in range(1 + (2 if options.quick else options.rounds)):
         if i > 1 and _late(options):
             break
-        order = order[5:] + order[:5]  # no row has the same place twice
-        for row in order:
+        # Another order each round, the same on every rank.
+        for row in random.Random(i).sample(models.rows, len(models.rows)):
             of = found[row.name]
             if "error" in of:
                 continue
