@@ -14,9 +14,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jinja2
-import yaml
 
-from launch.settings import MALFORMED, Settings, device_connections
+from launch.settings import Settings, device_connections, read_yaml
 from mhc_megatron.config import nearest
 from mhc_megatron.errors import UserError
 
@@ -72,14 +71,7 @@ def load_site(path: str | None) -> Site:
     """
     if path is None:
         return Site()
-    try:
-        with open(path, encoding="utf-8") as f:
-            values = yaml.safe_load(f) or {}
-    except OSError as error:
-        raise UserError(f"cannot read the site file {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, *MALFORMED) as error:
-        raise UserError(f"{path} is not valid YAML.") from error
-    site = _fill(Site, values, path)
+    site = _fill(Site, read_yaml(path, "site file") or {}, path)
     if site.launcher not in ("torchrun", "srun"):
         raise UserError(f"{path}: launcher must be torchrun or srun, not {site.launcher!r}.")
     for key in ("gpus_per_node", "cpus_per_gpu", "stop_seconds", "attempts"):

@@ -116,7 +116,7 @@ def _read(path: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(f"{path} is not valid YAML{where}.") from error
-    except MALFORMED as error:
+    except _MALFORMED as error:
         raise UserError(f"{path} is not valid YAML ({error}).") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values.")
@@ -137,7 +137,22 @@ def _check_twice(values: Mapping[Any, Any], where: str) -> None:
 
 
 #: What else PyYAML raises: a date that does not exist, a list as a key, brackets without an end.
-MALFORMED = (ValueError, TypeError, RecursionError)
+_MALFORMED = (ValueError, TypeError, RecursionError)
+
+
+def read_yaml(path: str, what: str) -> Any:
+    """What a YAML file that is no run's configuration holds; ``what`` it is, for a sentence.
+
+    Raises:
+        UserError: it cannot be read, or is not valid.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            return yaml.safe_load(f)
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, *_MALFORMED) as error:
+        raise UserError(f"{path} is not valid YAML.") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -171,7 +186,7 @@ def _apply(values: dict[str, Any], change: str) -> None:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(f"--set {change}: the value is not valid YAML.") from error
-    except MALFORMED as error:
+    except _MALFORMED as error:
         raise UserError(f"--set {change}: the value is not valid YAML ({error}).") from error
     part, dot, name = key.partition(".")
     if dot and part in ("mhc", "run"):

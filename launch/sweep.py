@@ -32,9 +32,7 @@ for _path in (os.path.join(_ROOT, "kernels"), _ROOT):
     if _path not in sys.path:
         sys.path.insert(0, _path)
 
-import yaml  # noqa: E402
-
-from launch.settings import MALFORMED  # noqa: E402
+from launch.settings import read_yaml  # noqa: E402
 from mhc_megatron.errors import UserError, quiet_pipe  # noqa: E402
 
 #: Written last into a point's folder: what it was and how it ended.
@@ -84,13 +82,7 @@ def read(path: str) -> Sweep:
     Raises:
         UserError: unreadable, malformed, an unknown key, two runs of one name.
     """
-    try:
-        with open(path, encoding="utf-8") as f:
-            values = yaml.safe_load(f)
-    except OSError as error:
-        raise UserError(f"cannot read the sweep {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, *MALFORMED) as error:
-        raise UserError(f"{path} is not valid YAML.") from error
+    values = read_yaml(path, "sweep")
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values.")
     unknown = values.keys() - Sweep.__dataclass_fields__.keys()

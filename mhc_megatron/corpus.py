@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mhc_megatron.errors import UserError
+from mhc_megatron.files import replacing
 
 #: core/datasets/indexed_dataset.py: magic, version; then dtype code, sequences, documents.
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -108,16 +109,8 @@ def whole_indices() -> Iterator[None]:
     plain = np.save
 
     def save(file, *args, **kwargs) -> None:
-        part = f"{file}.{os.getpid()}.part"
-        try:
-            with open(part, "wb") as f:  # given a name, it would add .npy
-                plain(f, *args, **kwargs)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(part, file)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(part)
+        with replacing(file, "wb") as f:  # given a name, numpy would add .npy
+            plain(f, *args, **kwargs)
 
     np.save = save
     try:

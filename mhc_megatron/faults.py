@@ -31,6 +31,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mhc_megatron.files import replacing
+
 #: In the run's folder: one JSON object a line, appended by any rank.
 FAULTS_FILE = "faults.jsonl"
 #: In the run's folder: iterations that are not trained, a JSON list.
@@ -316,10 +318,8 @@ def skipped_iterations(run_dir: str) -> list[int]:
 
 def skip_iterations(run_dir: str, iterations: list[int]) -> None:
     """Write the run's ``skip-iterations.json``, whole or not at all."""
-    path = os.path.join(run_dir, SKIP_FILE)
-    with open(path + ".new", "w", encoding="utf-8") as f:
+    with replacing(os.path.join(run_dir, SKIP_FILE)) as f:
         json.dump(sorted(set(iterations)), f)
-    os.replace(path + ".new", path)
 
 
 def read(run_dir: str, since: float = 0.0) -> list[Mapping[str, Any]]:

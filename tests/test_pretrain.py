@@ -34,6 +34,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
+ENTRY = Path(__file__).parents[1] / "launch" / "pretrain.py"
+
 CONFIG = """
 num-layers: 2
 hidden-size: 32
@@ -228,8 +230,7 @@ def test_with_recompute_it_is_the_same_run(config, whole_run, tmp_path):
 def test_workers_of_the_loader_read_the_same_batches(config, whole_run, tmp_path):
     run = tmp_path / "run"  # a process of its own: workers of one that was forked differ
     words = arguments(config, run, "num-workers=2", "exit-interval=6")
-    entry = Path(__file__).parents[1] / "launch" / "pretrain.py"
-    done = subprocess.run([sys.executable, entry, *words], capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, ENTRY, *words], capture_output=True, timeout=120)
     assert done.returncode == 0, done.stdout
     ours, theirs = (
         [record["loss"] for record in records(of, "train")[:6]] for of in (run, whole_run)
@@ -258,8 +259,7 @@ def test_without_a_tracker_the_newest_whole_checkpoint_is_taken(config, whole_ru
 @pytest.mark.slow  # waits for the other one to end
 def test_two_runs_at_once_in_one_folder(config, tmp_path):
     run = tmp_path / "run"
-    entry = Path(__file__).parents[1] / "launch" / "pretrain.py"
-    first = [sys.executable, str(entry), *arguments(config, run, "train-iters=100000")]
+    first = [sys.executable, str(ENTRY), *arguments(config, run, "train-iters=100000")]
     with subprocess.Popen(first, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         second = arguments(config, run)
@@ -271,8 +271,7 @@ def test_two_runs_at_once_in_one_folder(config, tmp_path):
 
 def test_a_reader_that_goes_away_does_not_end_the_run(config, tmp_path):
     run = tmp_path / "run"
-    entry = Path(__file__).parents[1] / "launch" / "pretrain.py"
-    words = [sys.executable, str(entry), *arguments(config, run)]
+    words = [sys.executable, str(ENTRY), *arguments(config, run)]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         process.stdout.close()

@@ -418,16 +418,15 @@ def layouts(options: argparse.Namespace, found: dict[str, Any]) -> None:
 
 def _without_connections(options: argparse.Namespace, crew, entries: list, rows: list) -> None:
     """Say of each row that failed whether plain Megatron fails there too."""
-    from layouts_bench import plan
     from layouts_bench.crew import Task
 
     broken = {row["name"]: row for row in rows
               if "mhc" not in row and not row["error"].startswith("no reference")}  # fmt: skip
     tasks = [
-        Task(entry.name, entry.world, plan.job(entry, options.device) | {
-            "load": _weights(options, plan.family(entry)), "variants": ["none"]})
-        for entry in entries if entry.name in broken
-    ]  # fmt: skip
+        Task(entry.name, entry.world, _job(options, entry) | {"variants": ["none"]})
+        for entry in entries
+        if entry.name in broken
+    ]
 
     def done(task, outcome) -> None:
         last = (outcome.error.strip().splitlines() or ["trains"])[-1]
@@ -465,12 +464,17 @@ def _tasks(options: argparse.Namespace, entries: list) -> list:
                 weights = {"save_initial": _weights(options, name)}
                 tasks.append(Task(name, 1, plan.reference(entry, options.device) | weights))
         tasks += [
-            Task(entry.name, entry.world,
-                 plan.job(entry, options.device) | {"load": _weights(options, plan.family(entry))},
-                 after=plan.family(entry))
+            Task(entry.name, entry.world, _job(options, entry), after=plan.family(entry))
             for entry in some
-        ]  # fmt: skip
+        ]
     return tasks
+
+
+def _job(options: argparse.Namespace, entry) -> dict[str, Any]:
+    """A row's job, which begins with its reference's weights."""
+    from layouts_bench import plan
+
+    return plan.job(entry, options.device) | {"load": _weights(options, plan.family(entry))}
 
 
 def _weights(options: argparse.Namespace, name: str) -> str:

@@ -20,6 +20,7 @@ import torch
 
 from mhc_megatron.checkpoint.torch_dist import COMMON, TRACKER, check_archive, read_metadata
 from mhc_megatron.errors import UserError
+from mhc_megatron.files import replacing
 
 _NAME = re.compile(r"iter_(\d{7,})$")
 
@@ -46,14 +47,18 @@ def choose(folder: str | os.PathLike[str]) -> Choice | None:
     up by hand: they are not considered, unless the tracker cannot be read. A ``release`` checkpoint
     or another format than torch_dist is left to Megatron.
 
+    Without a tracker, which is written after a checkpoint and may be lost as well, it is the newest
+    whole one; None where there is none: the first save did not end, and the run begins anew.
+
     Raises:
         UserError: there are checkpoints, and none of them is whole.
     """
     folder = Path(folder)
     tracker = folder / TRACKER
-    if not tracker.exists():
-        return _without_tracker(folder)
-    said = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    tracked = tracker.exists()
+    if not tracked and not folder.is_dir():
+        return None
+    said = tracker.read_text(encoding="utf-8", errors="replace").strip() if tracked else ""
     if said == "release":
         return None
     named = int(said) if said.isdigit() else None
@@ -63,29 +68,18 @@ def choose(folder: str | os.PathLike[str]) -> Choice | None:
     faults: list[str] = []
     for iteration in candidates:
         path = folder / f"iter_{iteration:07d}"
-        if path.exists() and not (path / ".metadata").exists() and not _is_torch_dist(path):
+        foreign = path.exists() and not (path / ".metadata").exists() and not _is_torch_dist(path)
+        if tracked and foreign:
             return None
         fault = fault_of(path)
         if fault is None:
             return Choice(iteration, named, faults)
         faults.append(fault)
+    if not tracked:
+        return None
     if not candidates:
         raise UserError(f"{tracker} is damaged, and {folder} has no checkpoint.")
     raise UserError(f"no checkpoint in {folder} is whole: {' '.join(faults)}")
-
-
-def _without_tracker(folder: Path) -> Choice | None:
-    """The newest whole checkpoint: it is written before the tracker, which may be lost as well.
-
-    None where there is none: the first save did not end, and the run begins anew.
-    """
-    faults: list[str] = []
-    for iteration in iterations(folder) if folder.is_dir() else []:
-        fault = fault_of(folder / f"iter_{iteration:07d}")
-        if fault is None:
-            return Choice(iteration, None, faults)
-        faults.append(fault)
-    return None
 
 
 def iterations(folder: Path) -> list[int]:
@@ -131,13 +125,8 @@ def _is_torch_dist(path: Path) -> bool:
 
 def set_tracker(folder: str | os.PathLike[str], iteration: int) -> None:
     """Name ``iteration`` in the tracker file, atomically."""
-    path = Path(folder) / TRACKER
-    new = path.with_suffix(".new")
-    with open(new, "w", encoding="utf-8") as f:
+    with replacing(Path(folder) / TRACKER) as f:
         f.write(str(iteration))
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(new, path)
 
 
 def settle(folder: str | None) -> list[str]:

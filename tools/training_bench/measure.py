@@ -36,20 +36,23 @@ class Measured:
     """What was measured of one model.
 
     Attributes:
-        step: milliseconds between the two events of a step.
+        rounds: milliseconds between the two events of every step; step i of each model is of the
+            same round.
         host: milliseconds in which the host issued it.
         peak: bytes that a step adds to the resident ones, at most.
         profile: one activity a profiled step; none without a GPU.
         loss: of the last step.
-        rounds: milliseconds of every step; step i of each model is of the same round.
     """
 
-    step: Times
+    rounds: list[float]
     host: Times
     peak: int
     loss: float | None
     profile: list[Activity] = field(default_factory=list)
-    rounds: list[float] = field(default_factory=list)
+
+    @property
+    def step(self) -> Times:
+        return Times.of(self.rounds)
 
 
 def measure(
@@ -84,12 +87,9 @@ def measure(
     say(f"{profile_steps} profiled steps of each")
     profiles = profile(models, profile_steps, traces)
     return [
-        Measured(
-            Times.of(sample.gpu()), Times.of(sample.host), sample.peak, model.loss(), found,
-            sample.gpu(),
-        )
+        Measured(sample.gpu(), Times.of(sample.host), sample.peak, model.loss(), found)
         for model, sample, found in zip(models, samples, profiles)
-    ]  # fmt: skip
+    ]
 
 
 class _Samples:

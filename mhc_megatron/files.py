@@ -1,0 +1,26 @@
+"""Files that are there whole or not at all. Standard library only: launch/supervise.py needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import IO, Any
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """A file to write that takes the name ``path`` once it is complete and on the disk.
+
+    ``mode``: "w" (UTF-8) or "wb". Where writing fails, what stood at ``path`` stays.
+    """
+    part = f"{os.fspath(path)}.{os.getpid()}.new"
+    try:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
