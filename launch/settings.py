@@ -261,6 +261,10 @@ def parse(values: Mapping[str, Any]) -> argparse.Namespace:
     Raises:
         UserError: an unknown key, a wrong value, settings that contradict each other.
     """
+    if values.get("fine-grained-activation-offloading"):
+        # Megatron insists on it, else FP8 weights are moved too (arguments.py:1858); Transformer
+        # Engine reads it when Megatron imports it.
+        os.environ.setdefault("NVTE_CPU_OFFLOAD_V1", "1")
     from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
 
     for key in _SIZES:

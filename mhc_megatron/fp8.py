@@ -6,6 +6,7 @@ import contextlib
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
+from megatron.core.utils import unwrap_model
 from torch import nn
 
 
@@ -13,16 +14,16 @@ from torch import nn
 def scales_before_weights(chunks: Sequence[nn.Module], args: Namespace) -> Iterator[None]:
     """Let FP8 weights with delayed scaling load as the bits that were saved.
 
-    A checkpoint holds them dequantised, and their scales in Transformer Engine's extra state. Twice
-    on the way the weights would be quantised with a fresh module's scale of 1, by which most of
-    them lie among e4m3's subnormals, and go on so until the optimizer's first step:
+    A checkpoint holds them dequantised, and their scales in Transformer Engine's extra state, which
+    its modules load before their weights. Two things come before that:
 
-    - Megatron's loader quantises each into the module's own tensor (``stream_ckpt_dequant``,
-      core/dist_checkpointing/strategies/torch.py:602); turned off here, as Megatron turns it off
-      for current scaling;
-    - torch loads a module's parameters first and its extra state last
-      (``Module._load_from_state_dict``); here the extra state is loaded before as well as after
-      them, after since quantising writes its amax into the history.
+    - Megatron's loader quantises each weight into the fresh module's own tensor, whose scale is 1
+      (``stream_ckpt_dequant``, core/dist_checkpointing/strategies/torch.py:602): most of a weight
+      then lies among e4m3's subnormals, until the optimizer's first step. Off here, as Megatron has
+      it for current scaling;
+    - the states of a rank's experts, saved one by one, are merged in a hook
+      (core/extensions/transformer_engine.py:2249) that runs after the module took the first of them
+      for its own. Merged here at the model's root, before any module loads.
 
     Other recipes compute their scales from the weights, and need nothing.
     """
@@ -30,10 +31,7 @@ def scales_before_weights(chunks: Sequence[nn.Module], args: Namespace) -> Itera
         yield
         return
     handles = [
-        module.register_load_state_dict_pre_hook(_load_extra_state)
-        for chunk in chunks
-        for module in chunk.modules()
-        if getattr(module, "primary_weights_in_fp8", False)
+        root.register_load_state_dict_pre_hook(_merge_states) for root in unwrap_model([*chunks])
     ]
     streamed, args.stream_ckpt_dequant = args.stream_ckpt_dequant, False
     try:
@@ -44,8 +42,9 @@ def scales_before_weights(chunks: Sequence[nn.Module], args: Namespace) -> Itera
             handle.remove()
 
 
-def _load_extra_state(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    """Transformer Engine's grouped layer merges its experts' states in a hook of its own before."""
-    state = state_dict.get(f"{prefix}_extra_state")
-    if state is not None:
-        module.set_extra_state(state)
+def _merge_states(root: nn.Module, state_dict: dict, prefix: str, *rest) -> None:
+    """Run the hooks of the modules below, which find nothing left to do when their turn comes."""
+    for name, module in root.named_modules():
+        if module is not root and getattr(module, "primary_weights_in_fp8", False):
+            for hook in module._load_state_dict_pre_hooks.values():
+                hook(state_dict, f"{prefix}{name}.", *rest)

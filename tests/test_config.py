@@ -1,6 +1,7 @@
 """MHCConfig and the settings of a run: what is accepted, and the sentence for what is not."""
 
 import argparse
+import os
 
 import pytest
 
@@ -103,6 +104,16 @@ def test_a_file_that_is_not_utf8(tmp_path):
 def test_sizes_of_nothing(key):
     with pytest.raises(UserError, match=f"{key} must be at least 1, not 0"):
         settings.parse({key: 0})
+
+
+def test_what_transformer_engine_reads_when_it_is_imported(monkeypatch):
+    """Set before the parser, which imports Megatron, is asked."""
+    monkeypatch.setenv("NVTE_CPU_OFFLOAD_V1", "0")
+    monkeypatch.delenv("NVTE_CPU_OFFLOAD_V1")
+    for given in (False, True):
+        with pytest.raises(UserError, match="num-layers"):
+            settings.parse({"fine-grained-activation-offloading": given, "num-layers": 0})
+        assert ("NVTE_CPU_OFFLOAD_V1" in os.environ) == given
 
 
 def test_missing_file():

@@ -1,6 +1,7 @@
-"""mhc_megatron/fp8.py: weights and their scales in a checkpoint, with a stand-in for a TE module.
+"""mhc_megatron/fp8.py: weights and their scales in a checkpoint, with stand-ins for TE's modules.
 
-Transformer Engine's own modules: tests/gpu/test_transformer_engine_gpu.py, resumed runs.
+Transformer Engine's own modules: tests/gpu/test_fp8_gpu.py; runs that are saved and resumed:
+tests/gpu/test_transformer_engine_gpu.py.
 """
 
 from __future__ import annotations
@@ -13,76 +14,82 @@ from torch import nn
 
 from mhc_megatron.fp8 import scales_before_weights
 
-DELAYED = Namespace(fp8_param_gather=True, fp8_recipe="delayed", stream_ckpt_dequant=True)
+DELAYED = {"fp8_param_gather": True, "fp8_recipe": "delayed", "stream_ckpt_dequant": True}
+EXPERTS = 3
 
 
-class _Quantized(torch.Tensor):
-    """A weight whose ``copy_`` rounds to a grid of its owner's scale and notes what it met."""
+class Grouped(nn.Module):
+    """What matters of Megatron's TEGroupedLinear: experts' scales in one extra state.
 
-    @staticmethod
-    def __new__(cls, data, owner):
-        made = torch.Tensor._make_subclass(cls, data)
-        made.owner = owner
-        return made
+    As Transformer Engine does, it takes its extra state before anything else is done; as Megatron
+    does, it merges what was saved expert by expert in a hook, which comes after.
+    """
 
-    def copy_(self, src, *args, **kwargs):
-        self.owner.amax = float(src.abs().max())
-        grid = 8.0 * self.owner.scale
-        with torch._C.DisableTorchFunctionSubclass():
-            self.data.copy_((src * grid).round() / grid)
-        return self
-
-
-class Linear(nn.Module):
-    """What matters of TransformerEngineBaseModule: FP8 weights, scale and amax in extra state."""
-
-    def __init__(self, scale: float = 1.0, amax: float = 0.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.primary_weights_in_fp8, self.scale, self.amax = True, scale, amax
-        self.register_buffer("weight", _Quantized(torch.zeros(3), self))
+        self.primary_weights_in_fp8, self.scales = True, torch.ones(EXPERTS)
+        self._register_load_state_dict_pre_hook(self._merge)
+
+    def _merge(self, state_dict, prefix, *_) -> None:
+        keys = [f"{prefix}_extra_state{i or ''}" for i in range(EXPERTS)]
+        if keys[-1] in state_dict:
+            merged = torch.cat([state_dict.pop(key) for key in keys])
+            state_dict[keys[0]] = merged
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        if f"{prefix}_extra_state" in state_dict:
+            self.set_extra_state(state_dict[f"{prefix}_extra_state"])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def get_extra_state(self):
-        return {"scale": self.scale, "amax": self.amax}
+        return self.scales
 
     def set_extra_state(self, state) -> None:
-        self.scale, self.amax = state["scale"], state["amax"]
+        if state.shape != self.scales.shape:
+            raise RuntimeError(f"{len(state)} scales for {len(self.scales)} experts")
+        self.scales = state.clone()
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"experts": Grouped()}))
 
 
 def saved() -> dict:
-    """Weights on the grid of the scale 50, whose master's amax was 0.0351."""
-    model = nn.Sequential(Linear(50.0))
-    model[0].weight.copy_(torch.tensor([0.01, -0.02, 0.035]))
-    model[0].amax = 0.0351
-    return {key: value.clone() if isinstance(value, torch.Tensor) else value
-            for key, value in model.state_dict().items()}  # fmt: skip
+    """A checkpoint's state, expert by expert."""
+    state = model().state_dict()
+    state |= {f"1.experts._extra_state{i or ''}": torch.tensor([10.0 + i]) for i in range(EXPERTS)}
+    return state
 
 
-def test_loaded_weights_are_the_saved_ones() -> None:
-    state, model = saved(), nn.Sequential(Linear())
-    with scales_before_weights([model], DELAYED):
-        assert not DELAYED.stream_ckpt_dequant  # what the loader would quantise with scale 1
-        model.load_state_dict(state)
-    assert DELAYED.stream_ckpt_dequant
-    assert torch.equal(torch.Tensor(model[0].weight), torch.Tensor(state["0.weight"]))
-    assert model[0].get_extra_state() == {"scale": 50.0, "amax": 0.0351}
+def test_scales_of_experts_arrive() -> None:
+    one, args = model(), Namespace(**DELAYED)
+    with scales_before_weights([one], args):
+        assert not args.stream_ckpt_dequant  # what the loader would quantise with a scale of 1
+        one.load_state_dict(saved())
+    assert args.stream_ckpt_dequant
+    assert one[1]["experts"].scales.tolist() == [10, 11, 12]
 
 
 @pytest.mark.parametrize("changes", [{"fp8_recipe": "blockwise"}, {"fp8_param_gather": False}])
 def test_nothing_is_done_elsewhere(changes) -> None:
-    """The stand-in then loses its small weights, as a fresh module's scale makes it."""
-    state, model = saved(), nn.Sequential(Linear())
-    args = Namespace(**vars(DELAYED) | changes)
-    with scales_before_weights([model], args):
+    """The stand-in then fails as Megatron's layer does with delayed scaling."""
+    one, args = model(), Namespace(**DELAYED | changes)
+    with scales_before_weights([one], args):
         assert args.stream_ckpt_dequant
-        model.load_state_dict(state)
-    assert torch.Tensor(model[0].weight).abs().max() == 0
-    assert not model[0]._load_state_dict_pre_hooks
+        with pytest.raises(RuntimeError, match="1 scales for 3 experts"):
+            one.load_state_dict(saved())
 
 
-def test_hooks_go_and_a_missing_state_is_none() -> None:
-    """A checkpoint of bf16 weights has no scales."""
-    state, model = saved(), nn.Sequential(Linear())
-    del state["0._extra_state"]
-    with scales_before_weights([model], DELAYED):
-        model.load_state_dict(state, strict=False)
-    assert model[0].scale == 1.0 and not model[0]._load_state_dict_pre_hooks
+def test_all_is_as_it_was_after_a_load_that_failed() -> None:
+    one, args = model(), Namespace(**DELAYED)
+    with pytest.raises(RuntimeError, match="Missing key"), scales_before_weights([one], args):
+        one.load_state_dict({})
+    assert args.stream_ckpt_dequant and not one._load_state_dict_pre_hooks
+
+
+def test_a_checkpoint_of_bf16_weights_has_no_scales() -> None:
+    state, one = saved(), model()
+    state = {key: value for key, value in state.items() if "_extra_state" not in key}
+    with scales_before_weights([one], Namespace(**DELAYED)):
+        one.load_state_dict(state, strict=False)
+    assert one[1]["experts"].scales.tolist() == [1, 1, 1]

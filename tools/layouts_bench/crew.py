@@ -60,6 +60,9 @@ class Worker:
         if device == "cuda":
             # Equal bits of equal products, which rows of tolerance 0 ask for.
             environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+            # Megatron's trainer asks for it with fine-grained offload (arguments.py:1858): without
+            # it weights in FP8 are moved too.
+            environment["NVTE_CPU_OFFLOAD_V1"] = "1"
         self.process = subprocess.Popen(
             [*command, "--store-port", str(port)],
             stdin=subprocess.PIPE,
