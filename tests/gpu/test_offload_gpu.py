@@ -57,6 +57,7 @@ EXPERTS = {
 MOVED = {
     "dense, local": ({}, False, ATTENTION),
     "dense": ({}, True, ATTENTION),
+    "dense, FP8": ({"fp8": "e4m3", "fp8_recipe": "blockwise"}, True, ATTENTION),
     "latent attention": (LATENT, True, ATTENTION),
     "grouped experts": (EXPERTS, True, ["core_attn", "attn_proj", "expert_fc1", "moe_act"]),
     "all": (LATENT | EXPERTS, True, [*ATTENTION, "expert_fc1", "moe_act"]),
