@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from megatron.core.utils import unwrap_model
 from torch import nn
 
+from mhc_megatron.errors import UserError
+
 
 @contextlib.contextmanager
 def scales_before_weights(chunks: Sequence[nn.Module], args: Namespace) -> Iterator[None]:
@@ -48,3 +50,35 @@ def _merge_states(root: nn.Module, state_dict: dict, prefix: str, *rest) -> None
         if module is not root and getattr(module, "primary_weights_in_fp8", False):
             for hook in module._load_state_dict_pre_hooks.values():
                 hook(state_dict, f"{prefix}{name}.", *rest)
+
+
+def check_expert_scales(saved: Namespace, args: Namespace) -> None:
+    """Refuse delayed scales of grouped experts that are to go to ranks with more or fewer of them.
+
+    Megatron takes a rank's scales apart as (kind, expert) and puts them together the same way
+    (core/extensions/transformer_engine.py:2488, :2303); Transformer Engine has them as (expert,
+    kind). What comes apart and together alike is whole; any other number of experts would get
+    inputs' scales for weights, and weights beyond e4m3's largest number.
+
+    Args:
+        saved: the settings that came with the checkpoint.
+        args: this run's.
+
+    Raises:
+        UserError: with what to change.
+    """
+    if not all(
+        getattr(each, "fp8", None)
+        and getattr(each, "fp8_recipe", None) == "delayed"
+        and getattr(each, "num_experts", None)
+        and getattr(each, "moe_grouped_gemm", False)
+        for each in (saved, args)
+    ):
+        return
+    was, now = (each.num_experts // each.expert_model_parallel_size for each in (saved, args))
+    if was != now:
+        raise UserError(
+            f"the checkpoint in {args.load} has delayed FP8 scales of {was} experts a rank, which "
+            f"Megatron would mix up for this run's {now}: set expert-model-parallel-size: "
+            f"{saved.expert_model_parallel_size}."
+        )

@@ -60,7 +60,7 @@ from mhc_megatron.checkpoint.sound import settle
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.corpus import check_corpus, whole_indices
 from mhc_megatron.errors import UserError
-from mhc_megatron.fp8 import scales_before_weights
+from mhc_megatron.fp8 import check_expert_scales, scales_before_weights
 from mhc_megatron.hybrid import local_hybrid_stack
 from mhc_megatron.layer_spec import mhc_layer_spec
 from mhc_megatron.optimizer import group_connections
@@ -563,6 +563,7 @@ def explain_checkpoint_errors(mhc: MHCConfig, say: Callable[[str], None] = print
                     f"the checkpoint in {get_args().load} was made with mhc {key} {was[key]}, "
                     f"this run has {now}; give the run a folder of its own."
                 )
+        check_expert_scales(checkpoint_args, get_args())
         return check(checkpoint_args, *args, **kwargs)
 
     megatron_training.load_checkpoint = explained

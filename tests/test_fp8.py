@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from mhc_megatron.fp8 import scales_before_weights
+from mhc_megatron.errors import UserError
+from mhc_megatron.fp8 import check_expert_scales, scales_before_weights
 
 DELAYED = {"fp8_param_gather": True, "fp8_recipe": "delayed", "stream_ckpt_dequant": True}
 EXPERTS = 3
@@ -93,3 +94,25 @@ def test_a_checkpoint_of_bf16_weights_has_no_scales() -> None:
     with scales_before_weights([one], Namespace(**DELAYED)):
         one.load_state_dict(state, strict=False)
     assert one[1]["experts"].scales.tolist() == [1, 1, 1]
+
+
+def trained(**changes) -> Namespace:
+    own = {"fp8": "hybrid", "fp8_recipe": "delayed", "num_experts": 8, "moe_grouped_gemm": True}
+    return Namespace(**own | {"expert_model_parallel_size": 2, "load": "there"} | changes)
+
+
+def test_scales_of_other_experts_are_refused() -> None:
+    said = "4 experts a rank, .* this run's 2: set expert-model-parallel-size: 2"
+    with pytest.raises(UserError, match=said):
+        check_expert_scales(trained(), trained(expert_model_parallel_size=4))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"fp8": None}, {"fp8_recipe": "blockwise"}, {"moe_grouped_gemm": False}]
+)
+def test_what_has_no_such_scales_may_change_its_layout(changes) -> None:
+    other = trained(expert_model_parallel_size=4, **changes)
+    check_expert_scales(trained(), other)
+    check_expert_scales(other, trained())
+    check_expert_scales(Namespace(), trained())
+    check_expert_scales(trained(), trained(tensor_model_parallel_size=2))
