@@ -178,16 +178,28 @@ _Loader.add_implicit_resolver(
 )
 
 
+def yaml_value(text: str) -> Any:
+    """The value that ``text`` is in a configuration.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError("the value is not valid YAML.") from error
+    except _MALFORMED as error:
+        raise UserError(f"the value is not valid YAML ({error}).") from error
+
+
 def _apply(values: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     if not equals or not key:
         raise UserError(f"--set takes key=value, not {change!r}.")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {change}: the value is not valid YAML.") from error
-    except _MALFORMED as error:
-        raise UserError(f"--set {change}: the value is not valid YAML ({error}).") from error
+        value = yaml_value(text)
+    except UserError as error:
+        raise UserError(f"--set {change}: {error}") from error
     part, dot, name = key.partition(".")
     if dot and part in ("mhc", "run"):
         if not isinstance(values.get(part) or {}, Mapping):

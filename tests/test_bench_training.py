@@ -37,16 +37,22 @@ SMALL = (
 # --- the command ---------------------------------------------------------------------------------
 
 
+def bench(out: Path, config: Path | str, *words: str) -> subprocess.CompletedProcess:
+    """A process of the bench with a small model."""
+    command = [sys.executable, str(ROOT / "tools" / "bench_training.py")]
+    command += ["--config", str(config), "--out", str(out)]
+    command += [word for change in SMALL for word in ("--set", change)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*command, *words], capture_output=True, text=True, env=environment, timeout=200
+    )
+
+
 def test_a_run_writes_table_json_and_plot(tmp_path):
     out = tmp_path / "out"
-    words = ["--config", TINY, "--layers", "2", "--tokens", "64", "--steps", "2"]
-    words += ["--variants", "none,mhc:n=2,hc", "--optimizer", "--out", str(out)]
-    words += ["--precision", "fp32,bf16", "--json", str(tmp_path / "copy.json")]
-    for change in SMALL:
-        words += ["--set", change]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "tools" / "bench_training.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    words = ["--layers", "2", "--tokens", "64", "--steps", "2", "--variants", "none,mhc:n=2,hc"]
+    words += ["--precision", "fp32,bf16", "--optimizer", "--json", str(tmp_path / "copy.json")]
+    done = bench(out, TINY, *words)
     log = out / "rank-0.log"
     assert done.returncode == 0, done.stdout + done.stderr + log.read_text()[-3000:]
     assert {path.name for path in out.iterdir()} == {*columns.FILES, "rank-0.log"}
@@ -94,7 +100,19 @@ BAD = {
     "layers twice": (["--layers", "2", "--set", "num-layers=2"], "the same thing twice"),
     "tokens": (["--tokens", "300"], "--tokens must be a multiple of"),
     "profile": (["--profile-steps", "-1"], "--profile-steps must not be negative"),
-    "recompute": (["--recompute", "[maybe"], "no valid value"),
+    "recompute": (["--recompute", "[maybe"], "not valid YAML"),
+    "no such day": (["--recompute", "2024-13-45"], "not valid YAML (month must be"),
+    "tokens twice": (["--tokens", "256", "--set", "micro-batch-size=2"], "the same thing twice"),
+    "implementation twice": (
+        ["--transformer-impl", "local", "--set", "transformer-impl=local"], "the same thing twice"
+    ),
+    "precision": (["--set", "fp16=true"], "--precision says"),
+    "precision of fp8": (["--set", "fp8_format=e4m3"], "--precision says"),
+    "not a number": (["--set", "tensor-model-parallel-size=two"], "must be a whole number"),
+    "batch": (["--set", "global-batch-size=9"], "a step has"),
+    "checked": (["--set", "check-for-nan-in-loss-and-grad=true"], "the trainer's loop"),
+    "hybrid": (["--layers", "2", "--set", "hybrid-layer-pattern='*-*-'"], "hybrid-layer-pattern"),
+    "json is a folder": (["--json", "/tmp"], "/tmp is a folder"),
     "set": (["--set", "n"], "--set takes key=value"),
     "json": (["--json", "/no/such/folder/x.json"], "does not exist"),
     "graphs": (["--set", "cuda-graph-impl=full_iteration"], "cuda-graph-impl full_iteration"),
@@ -117,6 +135,65 @@ def test_bad_input_is_one_sentence(name, tmp_path, capsys, monkeypatch):
     assert code == 2 and said in heard.err + heard.out
     assert len((heard.err + heard.out).strip().splitlines()) == 1
     assert not out.exists()
+
+
+def test_what_contradicts_in_every_precision_leaves_no_results(tmp_path):
+    done = bench(tmp_path, TINY, "--precision", "fp32,bf16", "--set", "hidden-size=33")
+    assert done.returncode == 2, done.stderr
+    said = done.stdout + done.stderr
+    assert said.startswith("bench_training: contradictory") and said.count("\n") == 1
+    assert not [name for name in columns.FILES if (tmp_path / name).exists()]
+
+
+def test_what_was_built_is_released_when_settings_contradict(monkeypatch):
+    """The next precision needs the memory."""
+    from training_bench import models
+
+    told = []
+
+    class Model:
+        def __init__(self, column, *_, **__):
+            if column.label == "hc":
+                raise UserError("no")
+            told.append("built")
+
+        def release(self):
+            told.append("released")
+
+    monkeypatch.setattr(models, "Model", Model)
+    monkeypatch.setattr(models, "start", lambda *_: types.SimpleNamespace(rank=0))
+    chosen = columns.columns(["none", "mhc", "hc"], ["fp32"], [], {})
+    with pytest.raises(UserError, match="no"):
+        bench_training._bench(chosen, None, types.SimpleNamespace(optimizer=False), False)
+    assert told == ["built", "built", "released", "released"]
+
+
+def test_a_profiled_step_is_the_step_alone(monkeypatch):
+    """Gradients are cleared, and waited for, before the profiler records."""
+    from training_bench import measure
+
+    told = []
+
+    class Profiler:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def step(self):
+            told.append("record")
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: Profiler())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("wait"))
+    monkeypatch.setattr(trace, "read", lambda path: None)
+    model = types.SimpleNamespace(
+        column=types.SimpleNamespace(precision="bf16", label="mhc"),
+        prepare=lambda: told.append("prepare"),
+        step=lambda: told.append("step"),
+    )
+    measure._profiled(model, None)
+    assert told == ["prepare", "step", "prepare", "wait", "record", "step", "wait", "record"]
 
 
 def test_results_are_not_written_over(tmp_path, capsys):
@@ -165,6 +242,33 @@ def test_the_layout_is_what_the_gpus_hold(monkeypatch):
     assert values["expert-model-parallel-size"] == 4 and values["tensor-model-parallel-size"] == 1
     assert cut("dense-8b").settings.megatron["tensor-model-parallel-size"] == 2
     assert cut("dense-8b").settings.megatron["sequence-parallel"] is True
+
+
+def test_experts_are_spread_over_a_stage(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    two_stages = "pipeline-model-parallel-size=2"
+    values = cut("mhc-27b", two_stages, tokens=4 * 4096).settings.megatron
+    assert values["expert-model-parallel-size"] == 2
+    values = cut("mhc-27b", "tensor-model-parallel-size=2").settings.megatron
+    assert values["expert-model-parallel-size"] == 2
+    values = cut("mhc-27b", "expert-tensor-parallel-size=4").settings.megatron
+    assert values["expert-model-parallel-size"] == 1
+
+
+def test_the_batch_is_what_a_step_has(monkeypatch):
+    """By it ``mhc.recompute: auto`` counts the microbatches in flight."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    part = columns.cut(TINY, ["pipeline-model-parallel-size=2"], None, 2048, microbatches=4)
+    values = part.settings.megatron
+    assert values["global-batch-size"] == 2 * 4 * values["micro-batch-size"]
+
+
+def test_a_configuration_that_counts_samples_is_cut_too(tmp_path):
+    text = Path(TINY).read_text().replace("train-iters:", "train-samples:")
+    path = tmp_path / "samples.yaml"
+    path.write_text(text.replace("lr-warmup-iters:", "lr-warmup-samples:"))
+    done = bench(tmp_path / "out", path, "--layers", "2", "--steps", "1", "--no-plot")
+    assert done.returncode == 0, done.stderr
 
 
 def test_columns_take_turns_by_precision():
@@ -305,10 +409,13 @@ def event(
 
 
 EVENTS = [
+    event("cuda_runtime", "cudaDeviceSynchronize", -20, 5),  # before the step, for nothing
     event("cuda_runtime", "cudaLaunchKernel", 0, 5, 1),
     event("cuda_runtime", "cudaLaunchKernelExC", 10, 5, 2),
     event("cuda_driver", "cuLaunchKernelEx", 20, 5, 3),
     event("cuda_runtime", "cudaStreamSynchronize", 30, 500),
+    event("cuda_runtime", "cudaMemcpyAsync", 540, 5, 4),
+    event("cuda_runtime", "cudaDeviceSynchronize", 560, 500),  # the bench's own, at the end
     event("kernel", "nvjet_hsh_x", 7, 300, 1),  # 2 us after its launch: the queue was empty
     event("kernel", "post_kernel", 307, 100, 2),  # long after: it stood in the queue
     event("kernel", "post_kernel", 357, 100, 3, stream=8),  # half beside the one before

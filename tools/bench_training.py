@@ -43,7 +43,7 @@ for _path in (os.path.join(_ROOT, "kernels"), os.path.join(_ROOT, "tools"), _ROO
     if _path not in sys.path:
         sys.path.insert(0, _path)
 
-from launch.environment import redirect_output  # noqa: E402
+from launch.environment import check_resiliency, redirect_output  # noqa: E402
 from mhc_megatron.errors import UserError  # noqa: E402
 
 _START = time.monotonic()
@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench_training: {error}", file=_console or sys.stderr)
         return 2
     except Exception as error:  # the traceback goes to the log, one line to the terminal
-        traceback.print_exc()
+        if _console is not None or options.verbose:
+            traceback.print_exc()
         print(f"bench_training: {type(error).__name__}: {error}", file=_console or sys.stderr)
         return 1
 
@@ -80,6 +81,7 @@ def _main(options: argparse.Namespace, arguments: list[str]) -> int:
     from mhc_megatron import cpu
 
     on_gpu = torch.cuda.is_available()
+    check_resiliency()
     part, columns = _check(options, on_gpu)
     rank = int(os.environ.get("RANK", "0"))
     _console = _redirect(options, rank)
@@ -89,19 +91,21 @@ def _main(options: argparse.Namespace, arguments: list[str]) -> int:
 
     run = results.Run(_header(arguments, options, part, on_gpu), part.layers, part.full_layers)
     paths: list[Path] = []
-    precisions = list(dict.fromkeys(column.precision for column in columns))
-    for precision in precisions:
+    contradictions: list[UserError] = []
+    for precision in dict.fromkeys(column.precision for column in columns):
         chosen = [column for column in columns if column.precision == precision]
         try:
             group = _bench(chosen, part, options, on_gpu)
         except UserError as error:  # what one recipe contradicts another may allow
-            if len(precisions) == 1:
-                raise
+            contradictions.append(error)
             group = results.Group(precision, [results.Result(column) for column in chosen])
             _fail(group, str(error))
         run.groups.append(group)
-        if rank == 0:  # after every precision: a long run that breaks off keeps what it has
+        # After every precision: a long run that breaks off keeps what it has.
+        if rank == 0 and len(contradictions) < len(run.groups):
             paths = results.write(run, options.out, options.plot)
+    if len(contradictions) == len(run.groups):
+        raise contradictions[0]
     if rank == 0:
         text = results.table(run)
         _console.write(text)
@@ -144,12 +148,13 @@ def _bench(columns, part, options: argparse.Namespace, on_gpu: bool):
     except (Exception, SystemExit) as error:  # the next precision may go
         traceback.print_exc()
         _fail(group, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
-    for model in built:
-        model.release()
-    built.clear()
-    gc.collect()
-    models.forget()
-    torch.cuda.empty_cache()
+    finally:  # the next precision needs the memory
+        for model in built:
+            model.release()
+        built.clear()
+        gc.collect()
+        models.forget()
+        torch.cuda.empty_cache()
     return group
 
 
@@ -167,7 +172,8 @@ def _fill(result, model, measured, on_gpu: bool) -> None:
     ranks = args.world_size // args.data_parallel_size
     result.tokens = model.part.tokens / ranks
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
-    result.peak_tflops = peak_tflops(name, column.fp8)
+    # Peaks are of bf16 and FP8 products.
+    result.peak_tflops = None if column.precision == "fp32" else peak_tflops(name, column.fp8)
     result.parameters, result.connections = model.parameters, model.connections
     result.resident, result.measured = model.resident, measured
 
@@ -271,25 +277,43 @@ def _check(options: argparse.Namespace, on_gpu: bool):
         if not on_gpu and (column.fp8 or column.peer):
             what = column.peer or column.precision
             raise UserError(f"{what} needs a CUDA GPU and Transformer Engine.")
-    options.out = options.out or Path(
-        "runs", f"bench_training-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    )
-    if options.out.exists() and not options.out.is_dir():
-        raise UserError(f"--out: {options.out} is not a folder.")
-    taken = [name for name in columns.FILES if (options.out / name).exists()]
+    _check_files(options, columns.FILES)
+    return part, chosen
+
+
+def _check_files(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """That what is measured can be written. Raises UserError."""
+    options.out = options.out or Path("runs", f"bench_training-{_this_run()}")
+    try:
+        if options.out.exists() and not options.out.is_dir():
+            raise UserError(f"--out: {options.out} is not a folder.")
+        taken = [name for name in names if (options.out / name).exists()]
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {options.out}: {error.strerror}.") from error
     if taken:
         raise UserError(
             f"--out: {options.out} already holds {', '.join(taken)}; choose another folder."
         )
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise UserError(f"--json: the folder of {options.json} does not exist.")
-    return part, chosen
+    if options.json and Path(options.json).is_dir():
+        raise UserError(f"--json: {options.json} is a folder.")
+
+
+def _this_run() -> str:
+    """A name that the ranks of a host share: those of torchrun have its process in common."""
+    now = datetime.datetime.now()
+    if "WORLD_SIZE" in os.environ:
+        return f"{now:%Y%m%d}-{os.getppid()}"
+    return f"{now:%Y%m%d-%H%M%S}"
 
 
 def _redirect(options: argparse.Namespace, rank: int) -> TextIO:
     """The terminal, after everything that libraries print was sent to a log."""
     try:
         options.out.mkdir(parents=True, exist_ok=True)
+        if not os.access(options.out, os.W_OK):
+            raise UserError(f"--out: cannot write to {options.out}.")
         if options.verbose:
             return sys.stdout
         return redirect_output(str(options.out / f"rank-{rank}.log"))

@@ -140,12 +140,14 @@ def _profiled(model: Model, traces: Path | None) -> Activity:
             schedule=torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1),
             on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
         ) as profiler:
-            for _ in range(2):
-                model.prepare()
-                torch.cuda.synchronize()
-                model.step()
-                torch.cuda.synchronize()
-                profiler.step()
+            model.prepare()
+            model.step()
+            model.prepare()
+            torch.cuda.synchronize()
+            profiler.step()  # from here on it records
+            model.step()
+            torch.cuda.synchronize()
+            profiler.step()
         return trace.read(path)
 
 

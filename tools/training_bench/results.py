@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 from collections.abc import Sequence
@@ -243,7 +244,7 @@ def _column_json(run: Run, group: Group, result: Result) -> dict[str, Any]:
         "mfu": result.mfu,
         "resident_bytes": result.resident,
         "step_peak_bytes": result.measured.peak,
-        "loss": result.measured.loss,
+        "loss": _finite(result.measured.loss),
         "profile": profiled if activity else None,
         "idle": result.idle,
         "overhead": group.overhead(result),
@@ -252,6 +253,11 @@ def _column_json(run: Run, group: Group, result: Result) -> dict[str, Any]:
         "derived_full_depth_overhead": group.derived(result, run.layers, run.full_layers),
         "bottleneck": bottleneck(result),
     }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON knows no NaN."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 # ------------------------------------------------------------------------------------------- table

@@ -35,7 +35,7 @@ class Activity:
             waits for that end, and its duration would count the other's work twice.
         busy_ms: time in which at least one of them ran.
         launches: how many.
-        waits: how often the host waited for the GPU.
+        waits: how often the host waited for the GPU before it had launched the last of them.
         at_once: share of the kernels that found an empty queue: near 1 where the host cannot keep
             up, near 0 where the GPU is behind.
         classes: ``kernel_ms`` by class.
@@ -78,7 +78,7 @@ def activity(events: Iterable[dict[str, Any]]) -> Activity:
         kernel_ms=sum(classes.values()),
         busy_ms=union((event["ts"], event["ts"] + event["dur"]) for event in gpu) / 1e3,
         launches=len(gpu),
-        waits=sum(event["name"] in WAITS for event in host),
+        waits=_waits(gpu, host),
         at_once=_at_once(gpu, host),
         classes=dict(classes),
         names=dict(names),
@@ -103,6 +103,13 @@ def union(intervals: Iterable[tuple[float, float]]) -> float:
         total += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return total
+
+
+def _waits(gpu: list[dict[str, Any]], host: list[dict[str, Any]]) -> int:
+    """How often the host waited between its first launch and its last, where a wait costs."""
+    launched = {event.get("args", {}).get("correlation") for event in gpu} - {None}
+    times = [e["ts"] for e in host if e.get("args", {}).get("correlation") in launched]
+    return sum(e["name"] in WAITS and min(times) < e["ts"] < max(times) for e in host if times)
 
 
 def _at_once(gpu: list[dict[str, Any]], host: list[dict[str, Any]]) -> float:
