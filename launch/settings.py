@@ -88,16 +88,25 @@ def load(path: str, changes: Iterable[str] = ()) -> Settings:
     values = _read(path)
     for change in changes:
         _apply(values, change)
-    mhc, run = (values.pop(part, None) or {} for part in ("mhc", "run"))
-    for part, content in (("mhc", mhc), ("run", run)):
-        if not isinstance(content, Mapping):
-            raise UserError(f"{path}: {part} must hold keys and values, not {content!r}.")
+    mhc, run = _part(values, "mhc"), _part(values, "run")
+    values = {key: value for key, value in values.items() if key not in ("mhc", "run")}
     if "seed" in values and "seed" not in mhc:
         mhc = {**mhc, "seed": values["seed"]}
     settings = Settings(values, MHCConfig.from_mapping(mhc), _run_settings(run))
     settings.run.name = settings.run.name or os.path.splitext(os.path.basename(path))[0]
     settings.run.dir = settings.run.dir or os.path.join("runs", settings.run.name)
     return settings
+
+
+def _part(values: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """The keys and values of ``mhc`` or ``run``: none where the part is absent or null."""
+    content = values.get(part)
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        off = "; mhc.variant=none switches it off" if part == "mhc" else ""
+        raise UserError(f"{part} must hold keys and values, not {content!r}{off}.")
+    return content
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -158,17 +167,21 @@ def read_yaml(path: str, what: str) -> Any:
 class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice and reads ``1e-4`` as a number (YAML 1.2 does)."""
 
-    def construct_mapping(self, node, deep=False):
+    def compose_mapping_node(self, anchor):
+        # Here rather than where mappings are constructed: a merge has put its keys beside the
+        # mapping's own by then, which may be the same.
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            merge = key_node.tag == "tag:yaml.org,2002:merge"
+            key = key_node.value if merge else self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if not isinstance(key, Hashable):
                 raise UserError(f"a key must be text or a number, not {key!r} (line {line}).")
             if key in seen:
                 raise UserError(f"the key {key!r} is given twice (line {line}).")
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -202,9 +215,7 @@ def _apply(values: dict[str, Any], change: str) -> None:
         raise UserError(f"--set {change}: {error}") from error
     part, dot, name = key.partition(".")
     if dot and part in ("mhc", "run"):
-        if not isinstance(values.get(part) or {}, Mapping):
-            raise UserError(f"{part} must hold keys and values, not {values[part]!r}.")
-        values[part] = {**(values.get(part) or {}), name: value}
+        values[part] = {**_part(values, part), name: value}
         # Both spellings of a key are one key.
         for other in (name.replace("-", "_"), name.replace("_", "-")):
             if other != name:
@@ -271,7 +282,8 @@ def parse(values: Mapping[str, Any]) -> argparse.Namespace:
     ``mhc_megatron.cpu.enable()`` comes first.
 
     Raises:
-        UserError: an unknown key, a wrong value, settings that contradict each other.
+        UserError: an unknown key, a wrong value, a file that is not there, settings that
+            contradict each other.
     """
     if values.get("fine-grained-activation-offloading"):
         # Megatron insists on it, else FP8 weights are moved too (arguments.py:1858); Transformer
@@ -293,8 +305,18 @@ def parse(values: Mapping[str, Any]) -> argparse.Namespace:
     try:
         with megatron_errors():
             return parse_and_validate_args()
+    except _NO_ACCESS as error:
+        for key, value in values.items():
+            if value is not None and value == error.filename:
+                raise UserError(f"{key}: cannot open {value}: {error.strerror}.") from error
+        raise
     finally:
         sys.argv = saved
+
+
+#: What a user mends in the settings. Other OSErrors (a full disk, a file server that went away) are
+#: the machine's: launch/supervise.py tries again.
+_NO_ACCESS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def device_connections(values: Mapping[str, Any]) -> str:
@@ -350,12 +372,28 @@ def _argument(
             return [option] if value else []
         switch = next((a for a in actions if a.const is value), None)
         return [switch.option_strings[0]] if switch else []
-    option = option or actions[0].option_strings[0]
-    if isinstance(value, list | tuple):
-        return [option, *map(str, value)]
     if isinstance(value, dict):
         raise UserError(f"{key} takes a value, not keys and values.")
-    return [option, str(value)]
+    words = [str(word) for word in value] if isinstance(value, list | tuple) else [str(value)]
+    _check_names(key, words, actions[0])
+    return [option or actions[0].option_strings[0], *words]
+
+
+def _check_names(key: str, words: list[str], action: argparse.Action) -> None:
+    """Refuse a word that an enumeration does not have.
+
+    Megatron looks it up by ``Enum[word]``; argparse makes a sentence of other errors of a type, but
+    not of a KeyError.
+    """
+    for word in words:
+        try:
+            (action.type or str)(word)
+        except KeyError as error:
+            known = [choice.name for choice in action.choices or ()]
+            said = nearest(word, known) if known else "."
+            raise UserError(f"{key}: unknown name {word!r}{said}") from error
+        except (TypeError, ValueError, argparse.ArgumentTypeError):
+            return  # argparse's to say
 
 
 def _need_bool(key: str, value: Any) -> None:

@@ -147,6 +147,10 @@ def check_supported(args: Namespace) -> None:
         raise UserError(
             "parameters of heterogeneous layers or gated attention cannot be counted by formula."
         )
+    if args.window_size:  # window-attn-skip-freq does nothing without it
+        raise UserError(
+            "operations of a model with window-size (sliding windows) cannot be counted by formula."
+        )
 
 
 def moe_layers(args: Namespace) -> list[bool]:
@@ -315,7 +319,11 @@ def attention_flops(args: Namespace) -> float:
 
 
 def connection_flops(mhc: MHCConfig, C: int) -> int:
-    """Forward operations a token of one connection: x phi, then H_pre x and H_res x + H_post y."""
+    """Forward operations a token of one connection: x phi, then H_pre x and H_res x + H_post y.
+
+    Variant ``identity`` has no H_res: it adds H_post y to x itself.
+    """
     if not mhc.enabled:
         return 0
-    return 2 * mhc.n * C * mhc.K + 2 * mhc.n * C * (mhc.n + 2)
+    mixing = 0 if mhc.variant == "identity" else mhc.n
+    return 2 * mhc.n * C * (mhc.K + mixing + 2)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -89,8 +92,46 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch) -> None:
     assert capsys.readouterr().err == "bench_recompute.py: needs a CUDA device.\n"
 
 
-def test_bad_arguments(capsys) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--layers", "0"], "argument --layers: must be a whole number, at least 1, not '0'"),
+        (["--models", "x"], "invalid choice: 'x'"),
+        (["--json", "no/such/out.json"], "argument --json: there is no folder "),
+        (["--json", "."], "argument --json: cannot write to ."),
+    ],
+)
+def test_bad_arguments(words: list[str], said: str, capsys) -> None:
     with pytest.raises(SystemExit) as end:
-        bench.main(["--layers", "0"])
+        bench.main(words)
     assert end.value.code == 2
-    assert "at least 1, not '0'" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith("bench_recompute.py: ") and said in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def measured(monkeypatch) -> None:
+    """A device whose rows are there at once."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+    monkeypatch.setattr(bench, "_one_rank", lambda: None)
+    monkeypatch.setattr(bench, "measure", lambda options, *names: bench.Row(*names, held=1))
+
+
+def test_rows_in_a_file(measured, tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    assert bench.main(["--models", "dense", "--L-r", "2", "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert [row["recompute"] for row in record["rows"]] == ["none", "off", "auto", "2"]
+    assert record["gpu"] == "a device" and record["options"]["layers"] == 8
+
+
+def test_the_table_is_printed_though_the_file_cannot_be_written(
+    measured, monkeypatch, tmp_path: Path, capsys
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.setattr(bench, "_one_rank", folder.rmdir)
+    with pytest.raises(FileNotFoundError):
+        bench.main(["--models", "dense", "--json", str(folder / "out.json")])
+    assert "Eq.20" in capsys.readouterr().out

@@ -1,7 +1,10 @@
 """MHCConfig and the settings of a run: what is accepted, and the sentence for what is not."""
 
 import argparse
+import enum
+import errno
 import os
+import signal
 
 import pytest
 
@@ -83,6 +86,8 @@ def test_numbers_in_exponent_form(config):
         ("run: {alarm_gain: .nan}\n", [], "alarm_gain must be finite, not nan"),
         (f"run: {{alarm_gain: 1{'0' * 400}}}\n", [], "alarm_gain must be finite"),
         ("mhc: 4\n", [], "mhc must hold keys and values"),
+        ("run: 0\n", [], "run must hold keys and values, not 0.$"),
+        ("mhc: off\n", ["mhc.n=2"], "mhc must hold keys and values, not False; mhc.variant=none"),
         ("run:\n  nam: x\n", [], "did you mean 'name'"),
         ("run:\n  stability-interval: often\n", [], "must be of type int"),
         ("lr: 1\n", ["lr"], "takes key=value"),
@@ -92,6 +97,42 @@ def test_numbers_in_exponent_form(config):
 def test_wrong_files(config, text, changes, words):
     with pytest.raises(UserError, match=words):
         settings.load(config(text), changes)
+
+
+@pytest.mark.parametrize("part", ["mhc", "run"])
+@pytest.mark.parametrize("value", ["off", "false", "no", "0", "[]", "''"])
+def test_only_null_is_an_empty_part(config, part, value):
+    path = config("lr: 1\n")
+    with pytest.raises(UserError, match=f"{part} must hold keys and values, not "):
+        settings.load(path, [f"{part}={value}"])
+    for nothing in ("null", "", "{}"):
+        assert settings.load(path, [f"{part}={nothing}"]) == settings.load(path)
+
+
+def test_merge_keys(config):
+    """A key that a merge brings may be given beside it, also where the merge is merged again."""
+    text = """
+    a: {b: &b {<<: &c {x: 1, y: 1}, y: 2}}
+    d: {<<: [*b, *c], x: 3}
+    mhc: {<<: {n: 4, alpha: 0.1}, n: 2}
+    """
+    got = settings.load(config(text))
+    assert got.megatron == {"a": {"b": {"x": 1, "y": 2}}, "d": {"x": 3, "y": 2}}
+    assert (got.mhc.n, got.mhc.alpha) == (2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: &a {x: 1}\nb: {<<: *a, y: 1, y: 2}\n", "'y' is given twice .line 2"),
+        ("a: &a {x: 1, x: 2}\nb: {<<: *a}\n", "'x' is given twice .line 1"),
+        ("a: &a {x: 1}\nb: {<<: *a, <<: *a}\n", "'<<' is given twice"),
+        ("a: {<<: 1}\n", "not valid YAML at line 1"),
+    ],
+)
+def test_wrong_merges(config, text, words):
+    with pytest.raises(UserError, match=words):
+        settings.load(config(text))
 
 
 def test_a_file_that_is_not_utf8(tmp_path):
@@ -121,6 +162,11 @@ def test_missing_file():
         settings.load("no/such.yaml")
 
 
+class Modules(enum.Enum):
+    attn = 1
+    mlp = 2
+
+
 @pytest.fixture
 def parser():
     parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -129,6 +175,10 @@ def parser():
     parser.add_argument("--swiglu", action="store_true")
     parser.add_argument("--no-bias-fusion", action="store_false", dest="bias_fusion")
     parser.add_argument("--mmap", action=argparse.BooleanOptionalAction, default=True)
+    # As Megatron reads enumerations.
+    signals = signal.Signals
+    parser.add_argument("--exit-signal", type=lambda word: signals[word], choices=list(signals))
+    parser.add_argument("--modules", nargs="+", type=lambda word: Modules[word])
     return parser
 
 
@@ -146,6 +196,8 @@ def parser():
         ({"no-mmap": True}, ["--no-mmap"]),
         ({"mmap": True}, ["--mmap"]),
         ({"num-layers": None}, []),
+        ({"exit-signal": "SIGTERM"}, ["--exit-signal", "SIGTERM"]),
+        ({"modules": ["attn", "mlp"]}, ["--modules", "attn", "mlp"]),
     ],
 )
 def test_settings_to_command_line(parser, values, argv):
@@ -158,6 +210,9 @@ def test_settings_to_command_line(parser, values, argv):
         ({"num-layer": 4}, "unknown key 'num-layer'; did you mean 'num-layers'"),
         ({"swiglu": "yes please"}, "is a switch"),
         ({"num-layers": {"a": 1}}, "takes a value"),
+        ({"exit-signal": "SIGTERMS"}, "exit-signal: unknown name 'SIGTERMS'; did you mean 'SIGTE"),
+        ({"exit-signal": 9}, "exit-signal: unknown name '9'; known are SIGABRT, "),
+        ({"modules": ["attn", "moe"]}, "modules: unknown name 'moe'.$"),
     ],
 )
 def test_unknown_and_wrong_keys(parser, values, words):
@@ -171,3 +226,27 @@ def test_megatrons_refusals_become_one_sentence(parser):
     with pytest.raises(UserError, match="contradictory settings: a and b"):  # noqa: SIM117
         with settings.megatron_errors():
             raise AssertionError("a and b")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No file", "/nope"), "yaml-cfg: cannot open /nope: No"),
+        (FileNotFoundError(errno.ENOENT, "No file", "/other"), None),
+        (FileNotFoundError("nothing said of a file"), None),
+        (OSError(errno.ENOSPC, "No space left on device", "/nope"), None),
+        (KeyError("/nope"), None),
+    ],
+    ids=str,
+)
+def test_which_errors_of_megatrons_checks_are_the_users(error, said, monkeypatch):
+    """Only a file that a setting names is the user's to mend; the rest keeps its traceback."""
+    from megatron.training import arguments
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(arguments, "parse_and_validate_args", fail)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with pytest.raises(UserError if said else type(error), match=said):
+        settings.parse({"lr": None, "yaml-cfg": "/nope"})

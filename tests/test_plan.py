@@ -72,6 +72,9 @@ def test_connections_cost(mhc_27b: dict) -> None:
     forward = 2 * n * C * (n * n + 2 * n) + 2 * n * C * (n + 2)
     assert mhc_27b["flops_per_token"]["connections"] == 3 * 60 * forward
     assert connection_flops(MHCConfig(variant="none"), C) == 0
+    # H_res = I: no rows of phi for it, and no product with x.
+    without = 2 * n * C * 2 * n + 2 * n * C * 2
+    assert connection_flops(MHCConfig(variant="identity"), C) == without
 
 
 def test_page(cluster: Cluster) -> None:
@@ -100,6 +103,11 @@ def test_page(cluster: Cluster) -> None:
             "mhc: recompute 2: recompute-granularity full",
         ),
         ("tiny", ("--set", "hidden-size=0"), "hidden-size must be at least 1, not 0"),
+        (
+            "tiny",
+            ("--set", "window-size=(16, 0)", "--set", "window-attn-skip-freq=2"),
+            "operations of a model with window-size",
+        ),
         ("tiny", ("--gpus", "0"), "at least 1, not '0'"),
     ],
 )

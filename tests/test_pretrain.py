@@ -315,6 +315,13 @@ BAD = {
     "no such policy": (["run.loss_spike=ignore"], "loss_spike must be log or stop or skip"),
     "no iterations": (["train-iters=0"], "train-iters must be at least 1"),
     "not a number": (["hidden-size=wide"], "invalid int value: 'wide'"),
+    "no such backend": (["attention-backend=x"], "attention-backend: unknown name 'x'; known are"),
+    "no such graphs": (["cuda-graph-modules=[x]"], "cuda-graph-modules: unknown name 'x'"),
+    "layers from nowhere": (
+        ["heterogeneous-layers-config-path=/nope"],
+        "heterogeneous-layers-config-path: cannot open /nope: No such file",
+    ),
+    "mhc is no switch": (["mhc=off"], "mhc.variant=none switches it off"),
     "heads do not divide": (["num-attention-heads=5"], "contradictory settings"),
     "iterations and samples": (["train-samples=100"], "contradictory settings"),
     "warmup too long": (["lr-warmup-iters=12"], "must be smaller than train-iters (12)"),

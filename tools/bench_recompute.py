@@ -36,6 +36,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
@@ -73,10 +74,16 @@ class Row:
     error: str = ""
 
 
+class Parser(argparse.ArgumentParser):
+    """Bad arguments: one sentence, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench_recompute.py: needs a CUDA device.", file=sys.stderr)
         return 2
@@ -87,18 +94,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row = measure(options, model, recompute)
             rows.append(row)
             print(json.dumps(dataclasses.asdict(row)), file=sys.stderr, flush=True)
+    print(table(options, rows), flush=True)  # before a file that may not be written
     if options.json:
         record = {"options": vars(options), "gpu": torch.cuda.get_device_name()}
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(record | {"rows": [dataclasses.asdict(row) for row in rows]}, file, indent=1)
-    print(table(options, rows))
     return 1 if any(row.error for row in rows) else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bench_recompute.py", description="Memory and time of recompute over L_r."
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="bench_recompute.py", description="Memory and time of recompute over L_r.")
     for name, default, what in (
         ("layers", 8, "layers, of two sublayers each"),
         ("hidden", 2560, "C"),
@@ -115,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--L-r", dest="L_r", nargs="+", type=_positive, default=[1, 2, 4, 6, 8, 12, 16]
     )
-    parser.add_argument("--json", metavar="FILE", help="write the rows there too")
+    parser.add_argument("--json", metavar="FILE", type=_writable, help="write the rows there too")
     return parser
 
 
@@ -123,6 +128,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {text!r}")
     return int(text)
+
+
+def _writable(text: str) -> str:
+    """A file that can be written, as far as that shows before the measurement."""
+    folder = os.path.dirname(os.path.abspath(text))
+    if not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f"there is no folder {folder}")
+    if os.path.isdir(text) or not os.access(text if os.path.exists(text) else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write to {text}")
+    return text
 
 
 def _one_rank() -> None:
