@@ -90,7 +90,7 @@ def load(path: str, changes: Iterable[str] = ()) -> Settings:
         _apply(values, change)
     mhc, run = _part(values, "mhc"), _part(values, "run")
     values = {key: value for key, value in values.items() if key not in ("mhc", "run")}
-    if "seed" in values and "seed" not in mhc:
+    if values.get("seed") is not None and "seed" not in mhc:
         mhc = {**mhc, "seed": values["seed"]}
     settings = Settings(values, MHCConfig.from_mapping(mhc), _run_settings(run))
     settings.run.name = settings.run.name or os.path.splitext(os.path.basename(path))[0]
@@ -285,6 +285,8 @@ def parse(values: Mapping[str, Any]) -> argparse.Namespace:
         UserError: an unknown key, a wrong value, a file that is not there, settings that
             contradict each other.
     """
+    if values.get("yaml-cfg"):
+        raise UserError("yaml-cfg: Megatron would take its settings from there alone.")
     if values.get("fine-grained-activation-offloading"):
         # Megatron insists on it, else FP8 weights are moved too (arguments.py:1858); Transformer
         # Engine reads it when Megatron imports it.

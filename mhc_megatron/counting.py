@@ -147,10 +147,6 @@ def check_supported(args: Namespace) -> None:
         raise UserError(
             "parameters of heterogeneous layers or gated attention cannot be counted by formula."
         )
-    if args.window_size:  # window-attn-skip-freq does nothing without it
-        raise UserError(
-            "operations of a model with window-size (sliding windows) cannot be counted by formula."
-        )
 
 
 def moe_layers(args: Namespace) -> list[bool]:
@@ -310,7 +306,13 @@ def flops(args: Namespace, mhc: MHCConfig) -> Flops:
 
 
 def attention_flops(args: Namespace) -> float:
-    """Forward operations a token of one core attention: half of all pairs, as it is causal."""
+    """Forward operations a token of one core attention: half of all pairs, as it is causal.
+
+    Raises:
+        UserError: attention in windows, which sees fewer.
+    """
+    if args.window_size:  # window-attn-skip-freq does nothing without it
+        raise UserError("operations of a model with window-size cannot be counted by formula.")
     if args.multi_latent_attention:
         widths = args.qk_head_dim + args.qk_pos_emb_head_dim + args.v_head_dim
     else:

@@ -147,6 +147,19 @@ def test_sizes_of_nothing(key):
         settings.parse({key: 0})
 
 
+def test_the_connections_have_the_runs_seed(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("seed: 7\nmhc: {n: 2}\n")
+    assert settings.load(str(path)).mhc.seed == 7
+    assert settings.load(str(path), ["mhc.seed=8"]).mhc.seed == 8
+    assert settings.load(str(path), ["seed=null"]).mhc.seed == MHCConfig().seed
+
+
+def test_settings_from_elsewhere_are_refused():
+    with pytest.raises(UserError, match="yaml-cfg: Megatron would take its settings from there"):
+        settings.parse({"yaml-cfg": "model.yaml"})
+
+
 def test_what_transformer_engine_reads_when_it_is_imported(monkeypatch):
     """Set before the parser, which imports Megatron, is asked."""
     monkeypatch.setenv("NVTE_CPU_OFFLOAD_V1", "0")
@@ -231,7 +244,10 @@ def test_megatrons_refusals_become_one_sentence(parser):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (FileNotFoundError(errno.ENOENT, "No file", "/nope"), "yaml-cfg: cannot open /nope: No"),
+        (
+            FileNotFoundError(errno.ENOENT, "No file", "/nope"),
+            "heterogeneous-layers-config-path: cannot open /nope: No",
+        ),
         (FileNotFoundError(errno.ENOENT, "No file", "/other"), None),
         (FileNotFoundError("nothing said of a file"), None),
         (OSError(errno.ENOSPC, "No space left on device", "/nope"), None),
@@ -249,4 +265,4 @@ def test_which_errors_of_megatrons_checks_are_the_users(error, said, monkeypatch
     monkeypatch.setattr(arguments, "parse_and_validate_args", fail)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with pytest.raises(UserError if said else type(error), match=said):
-        settings.parse({"lr": None, "yaml-cfg": "/nope"})
+        settings.parse({"lr": None, "heterogeneous-layers-config-path": "/nope"})
