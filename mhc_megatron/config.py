@@ -55,7 +55,8 @@ class MHCConfig:
         recompute: Eq. (20)'s L_r: in training, of a block of this many sublayers (attention and
             feed-forward are two) only the first x and every y are kept, the rest is made again
             before backward. ``auto`` takes the L_r that stores least; 0 or ``off`` keeps
-            everything. Gradients are the same to the bit (``mhc_megatron.recompute``).
+            everything. Gradients are the same to the bit (``mhc_megatron.recompute``). What hooks
+            keep of a layer's output has no memory meanwhile: they clone it.
         overlap_without: parts of the overlap schedule that are left out, separated by commas:
             ``OVERLAP_PIECES``. For ablations; the schedule itself is turned on by Megatron's
             overlap_moe_expert_parallel_comm.

@@ -30,7 +30,7 @@ import mhc_kernels
 from mhc_kernels import reference
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.recompute import Recompute
-from mhc_megatron.streams import keep_fp32, mark
+from mhc_megatron.streams import ConnectionModule, mark
 
 
 class Write(NamedTuple):
@@ -60,7 +60,7 @@ class Read(NamedTuple):
         return self.x.data_ptr() == x.data_ptr() and self.x.shape == x.shape
 
 
-class HyperConnection(nn.Module):
+class HyperConnection(ConnectionModule):
     """Parameters phi [K, n*C], alpha [3 or 2], bias [K] (float32) of a sublayer; F_pre and F_post.
 
     Args:
@@ -114,7 +114,9 @@ class HyperConnection(nn.Module):
         digest = hashlib.sha256(f"{self.mhc.seed}/{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         self.phi.copy_(
-            torch.empty(self.phi.shape).normal_(0, self.mhc.init_std, generator=generator)
+            torch.empty(self.phi.shape, dtype=torch.float32).normal_(
+                0, self.mhc.init_std, generator=generator
+            )
         )
         self.alpha.fill_(self.mhc.alpha)
         self.bias.copy_(initial_bias(self.mhc, self.index))
@@ -301,11 +303,13 @@ class HyperConnection(nn.Module):
         """phi, alpha and bias; the fused norm's weight is there too after this.
 
         That one is used before the norm is called, whose hooks gather it
-        (``overlap_param_gather``, distributed_data_parallel.py:438): they run here.
+        (``overlap_param_gather``, distributed_data_parallel.py:438): Megatron's run here. Others
+        want to see the norm's input, and do when it is called.
         """
         for norm in self._norm:
             for hook in tuple(norm._forward_pre_hooks.values()):
-                hook(norm, ())
+                if (getattr(hook, "__module__", None) or "").startswith("megatron"):
+                    hook(norm, ())
         return self.phi, self.alpha, self.bias
 
     def _norm_weight(self) -> tuple[Tensor, ...]:
@@ -334,9 +338,6 @@ class HyperConnection(nn.Module):
             raise RuntimeError(f"hyper-connection {self.name}: write without a read before it")
         taken, self._coefficients = self._coefficients, None
         return taken
-
-    def _apply(self, fn, recurse: bool = True):
-        return super()._apply(keep_fp32(fn), recurse)
 
     def extra_repr(self) -> str:
         return f"{self.name}, {self.mhc.variant}, n={self.n}, C={self.C}"

@@ -409,8 +409,10 @@ class HyperConnectedLayer(MegatronModule):
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         if hidden_states.shape[-1] == self.C:
             hidden_states = self._enter(hidden_states)
-        first = self.attn_hc if hasattr(self, "attn_hc") else self.mlp_hc
-        hidden_states = first(hidden_states, head=True)
+        for name in ("attn_hc", "mlp_hc"):
+            if hasattr(self, name):
+                hidden_states = getattr(self, name)(hidden_states, head=True)
+                break
         hidden_states, context = super().forward(hidden_states, *args, **kwargs)
         if self.exit is not None:
             hidden_states = self.exit(hidden_states)

@@ -20,7 +20,21 @@ def enter(hidden_states: Tensor, n: int) -> Tensor:
     return hidden_states.repeat(1, 1, n)
 
 
-class Exit(nn.Module):
+class ConnectionModule(nn.Module):
+    """A module whose own parameters are a connection's: float32 and marked, whatever moves them.
+
+    Parameters that a move makes anew (from ``meta``) would lose their marks.
+    """
+
+    def _apply(self, fn, recurse: bool = True):
+        parallel = {getattr(p, "sequence_parallel", False) for p in self.parameters(recurse=False)}
+        super()._apply(keep_fp32(fn), recurse)
+        for sequence_parallel in parallel:
+            mark(self, sequence_parallel)
+        return self
+
+
+class Exit(ConnectionModule):
     """[s, b, n*C] -> [s, b, C]: what the final norm (or an MTP module) reads.
 
     ``mean`` averages the streams. ``learned`` weighs them per token, as DeepSeek-V4's head does
@@ -57,9 +71,6 @@ class Exit(nn.Module):
         weights = torch.sigmoid(self.alpha * project(x, self.phi, self.eps) + self.bias)
         weights = weights + self.weight_eps
         return torch.einsum("...n,...nc->...c", weights, x.float()).to(x.dtype)
-
-    def _apply(self, fn, recurse: bool = True):
-        return super()._apply(keep_fp32(fn), recurse)
 
 
 def keep_fp32(fn):

@@ -439,6 +439,8 @@ def check_arguments(args: Namespace) -> None:
     _check_optimizer(args)
     if half and mhc.enabled:
         _check_reduction(args)
+    if mhc.enabled and mhc.lr_mult != 1 and args.use_mup:
+        raise UserError("use-mup sets the rate of every matrix itself; leave mhc.lr_mult at 1.")
     tied = not args.untie_embeddings_and_output_weights
     if args.mtp_num_layers and args.pipeline_model_parallel_size > 1 and tied:
         # models/common/language_module/language_module.py:497 fails on every such save and load.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import json
@@ -512,6 +513,47 @@ def test_connections_stay_float32_in_a_bf16_model(models, tmp_path: Path, monkey
     assert model.model.embed_tokens.weight.dtype == torch.bfloat16
     assert model.model.layers[0].attn_hc.phi.dtype == model.model.exit.phi.dtype == torch.float32
     assert model(input_ids=tokens()).logits.isfinite().all()
+
+
+def exported(**mhc):
+    """A model of the module that an export writes, with random weights."""
+    from mhc_megatron.checkpoint import modeling_mhc
+
+    config = modeling_mhc.MHCLlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    config.mhc = MHCConfig(**mhc).to_mapping()
+    torch.manual_seed(0)
+    return modeling_mhc.MHCLlamaForCausalLM(config)
+
+
+def test_a_copy_of_an_exported_model_has_its_own_exit() -> None:
+    model = exported(exit="learned")
+    frozen = copy.deepcopy(model)
+    ids = torch.arange(7).unsqueeze(0)
+    expected = frozen(input_ids=ids).logits
+    with torch.no_grad():
+        model.model.exit.bias.fill_(-50.0)
+    found = frozen(input_ids=ids).logits
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert frozen.model.exit.bias.grad is not None and model.model.exit.bias.grad is None
+
+
+def test_an_exported_model_s_sinkhorn_is_the_run_s() -> None:
+    from mhc_kernels import reference
+    from mhc_megatron.checkpoint import modeling_mhc
+
+    logits = torch.randn(5, 4, 4, generator=torch.Generator().manual_seed(1))
+    logits[..., 2] -= 110  # a column's factor cancels
+    found = modeling_mhc.sinkhorn(logits, 20)
+    torch.testing.assert_close(found, reference.sinkhorn(logits, 20))
+
+
+def test_what_must_not_be_split_is_named_as_its_class_is() -> None:
+    model = exported()
+    assert type(model.model.layers[0]).__name__ in model._no_split_modules
 
 
 # -------------------------------------------------------------------------------------- bad input

@@ -545,6 +545,17 @@ def test_groups_are_added_and_dropped() -> None:
     assert state == {0: {"param_groups": base}, 1: {"param_groups": [expert]}}
 
 
+def test_the_models_own_rates_stay() -> None:
+    """--decoupled-lr gives embedding and output a group of their own."""
+    own = {"wd_mult": 1.0, "lr": 1.0, "max_lr": 1.0, "min_lr": 0.1, "default_config": True}
+    decoupled = {**own, "max_lr": 0.5, "min_lr": 0.05, "default_config": False}
+    state = {"param_groups": [dict(own), dict(decoupled)]}
+    add_groups(state, MHCConfig(lr_mult=0.5))
+    assert len(state["param_groups"]) == 4
+    drop_groups(state)
+    assert state == {"param_groups": [own, decoupled]}
+
+
 def test_inspect_tells_the_gains(mhc_checkpoint: Path, capsys) -> None:
     about = inspection.inspect(mhc_checkpoint)
     assert about["layout"] == "mhc" and about["iteration"] == 40

@@ -6,6 +6,7 @@ import torch
 from mhc_kernels import reference
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.errors import UserError
+from mhc_megatron.streams import is_connection
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 
@@ -157,6 +158,43 @@ def test_parameters_stay_float32():
     assert before and all(torch.equal(after[name], value) for name, value in before.items())
 
 
+def test_connections_stay_marked_where_their_parameters_are_made_anew():
+    """From ``meta``, as init_model_with_meta_device makes a model."""
+    mhc = MHCConfig(exit="learned")
+    marked = {n: p.hyper_connection for n, p in model(mhc).named_parameters() if is_connection(p)}
+    with torch.device("meta"):
+        gpt = model(mhc, transformer_config(init_model_with_meta_device=True))
+    gpt = gpt.to_empty(device="cpu")
+    now = {n: p.hyper_connection for n, p in gpt.named_parameters() if is_connection(p)}
+    assert now == marked and len(now) == 3 * 4 + 3
+    assert all(hasattr(p, "sequence_parallel") for p in gpt.parameters() if is_connection(p))
+
+
+def test_initial_values_do_not_depend_on_the_default_dtype():
+    expected = model(MHCConfig()).decoder.layers[0].attn_hc.phi
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        phi = model(MHCConfig()).decoder.layers[0].attn_hc.phi
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(phi, expected)
+
+
+def test_a_layer_without_sublayers():
+    """Heterogeneous models have them: no connection, and the streams go through."""
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_layer import (
+        TransformerLayer,
+        TransformerLayerSubmodules,
+    )
+
+    nothing = ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules())
+    gpt = model(MHCConfig(), spec=nothing)
+    assert not any(is_connection(p) for p in gpt.parameters())
+    assert gpt(**batch()).isfinite().all()
+
+
 def test_parameter_count_formula():
     mhc = MHCConfig(exit="learned")
     with_hc = sum(p.numel() for p in model(mhc).parameters())
@@ -204,9 +242,21 @@ def test_the_norms_weight_is_gathered_before_the_read_uses_it(monkeypatch):
                 ran.append(norm)
                 norm.weight.data.copy_(weight)
 
+            gather.__module__ = "megatron.core.distributed.distributed_data_parallel"
             norm.register_forward_pre_hook(gather)
     assert torch.equal(gpt(**batch()), expected)
     assert len(set(ran)) == 4
+
+
+@pytest.mark.parametrize("with_kwargs", [False, True])
+def test_other_hooks_of_a_norm_see_its_input(monkeypatch, with_kwargs):
+    gpt, seen = fused_model(monkeypatch), []
+    norm = gpt.decoder.layers[1].input_layernorm
+    norm.register_forward_pre_hook(
+        lambda norm, inputs, *kwargs: seen.append(inputs[0].shape), with_kwargs=with_kwargs
+    )
+    gpt(**batch())
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize(

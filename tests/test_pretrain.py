@@ -321,6 +321,7 @@ BAD = {
         ["heterogeneous-layers-config-path=/nope"],
         "heterogeneous-layers-config-path: cannot open /nope: No such file",
     ),
+    "two rates": (["use-mup=true", "mhc.lr_mult=0.5"], "leave mhc.lr_mult at 1"),
     "mhc is no switch": (["mhc=off"], "mhc.variant=none switches it off"),
     "heads do not divide": (["num-attention-heads=5"], "contradictory settings"),
     "iterations and samples": (["train-samples=100"], "contradictory settings"),

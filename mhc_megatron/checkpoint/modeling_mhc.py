@@ -106,8 +106,8 @@ def project(x: Tensor, phi: Tensor, eps: float) -> Tensor:
 
 
 def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
-    """Eq. (9): exp, then columns and rows in turn, rows last."""
-    m = torch.exp(logits - logits.amax(dim=(-2, -1), keepdim=True))
+    """Eq. (9): exp, then columns and rows in turn, rows last. A column's factor cancels."""
+    m = torch.exp(logits - logits.amax(dim=-2, keepdim=True))
     for _ in range(iterations):
         m = m / m.sum(dim=-2, keepdim=True)
         m = m / m.sum(dim=-1, keepdim=True)
@@ -160,10 +160,15 @@ def connect(model: nn.Module, config) -> None:
     mhc, C = config.mhc, config.hidden_size
     for layer in model.model.layers:
         base = type(layer)
-        layer.__class__ = type(f"HyperConnected{base.__name__}", (HyperConnectedLayer, base), {})
+        # The base's name: what splits a model over devices or shards it looks for that.
+        layer.__class__ = type(base.__name__, (HyperConnectedLayer, base), {})
         layer.attn_hc, layer.mlp_hc = HyperConnection(mhc, C), HyperConnection(mhc, C)
     model.model.exit = Exit(mhc, C)
-    model.model.norm.register_forward_pre_hook(lambda norm, x: (model.model.exit(x[0]), *x[1:]))
+    # In the norm's __dict__, behind the registry of modules: a deepcopy of the model has its own.
+    model.model.norm.__dict__["streams_exit"] = (model.model.exit,)
+    model.model.norm.register_forward_pre_hook(
+        lambda norm, x: (norm.__dict__["streams_exit"][0](x[0]), *x[1:])
+    )
 
 
 def predictions(config) -> int:

@@ -213,12 +213,13 @@ def _group(first: dict[str, Any], lr_mult: float, decay: float) -> dict[str, Any
 
 
 def drop_groups(optimizer: Any) -> None:
-    """The inverse of ``add_groups``: one group for each weight decay, at the model's own rate."""
+    """The inverse of ``add_groups``: one group for each of the model's decays and rates."""
     for groups in _group_lists(optimizer):
         seen, kept = set(), []
         for group in groups:
-            key = (group.get("wd_mult"), bool(group.get("is_expert_parallel")))
-            if group.get("default_config", True) and key not in seen:
+            told_apart = ("wd_mult", "is_expert_parallel", "max_lr", "min_lr")  # --decoupled-lr's
+            key = tuple(group.get(name) or 0 for name in told_apart)
+            if not group.get("is_decoupled_lr") and key not in seen:
                 seen.add(key)
                 kept.append(group)
         groups[:] = kept
