@@ -34,8 +34,8 @@ gpu_defaults() {
     set_default NCCL_IB_TIMEOUT 22
     set_default NCCL_IB_RETRY_CNT 7
     # Triton and Inductor compile on every rank: into the node's own disk, not into a shared home.
-    set_default TRITON_CACHE_DIR "${TMPDIR:-/tmp}/triton-$USER"
-    set_default TORCHINDUCTOR_CACHE_DIR "${TMPDIR:-/tmp}/inductor-$USER"
+    set_default TRITON_CACHE_DIR "${TMPDIR:-/tmp}/triton-${USER:-$UID}"
+    set_default TORCHINDUCTOR_CACHE_DIR "${TMPDIR:-/tmp}/inductor-${USER:-$UID}"
     # Layer norms beside communication: TE's persistent kernels leave it these multiprocessors.
     set_default NVTE_FWD_LAYERNORM_SM_MARGIN 16
     set_default NVTE_BWD_LAYERNORM_SM_MARGIN 16

@@ -51,7 +51,8 @@ from mhc_megatron.spikes import LossSpike  # noqa: E402
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    console, run_dir, settings = sys.stdout, "", None
+    # In the run's folder, where there is one, a supervisor reads what was wrong.
+    console, run_dir, settings = sys.stdout, options.run_dir or "", None
     try:
         settings = load(options.config, options.set)
         settings.run.dir = options.run_dir or settings.run.dir

@@ -26,7 +26,7 @@ for _path in (os.path.join(_ROOT, "kernels"), _ROOT):
     if _path not in sys.path:
         sys.path.insert(0, _path)
 
-from launch.cluster import PROFILES, Job, Site, check_layout, load_site, render  # noqa: E402
+from launch.cluster import PROFILES, ROOT, Job, Site, check_layout, load_site, render  # noqa: E402
 from launch.settings import load  # noqa: E402
 from mhc_megatron.errors import UserError, quiet_pipe  # noqa: E402
 
@@ -82,6 +82,9 @@ def _job(options: argparse.Namespace, site: Site) -> Job:
     if bool(options.words) != options.convert:
         raise UserError("--convert takes the arguments of tools/convert_checkpoint.py after --.")
     if options.convert:
+        relative = [word for word in options.words if not os.path.isabs(word)]
+        if os.path.realpath(".") != os.path.realpath(ROOT) and any(map(os.path.exists, relative)):
+            raise UserError(f"the job runs in {ROOT}: give --convert absolute paths.")
         folder = os.path.abspath(options.run_dir or os.path.join("runs", "convert"))
         return Job("convert", "convert", run_dir=folder, convert=options.words, **common)
     if options.sweep:

@@ -28,6 +28,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ if _ROOT not in sys.path:
     sys.path.insert(0, _ROOT)
 
 from mhc_megatron import faults  # noqa: E402
+from mhc_megatron.files import append_line  # noqa: E402
 
 LOG_FILE = "supervisor.jsonl"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -83,8 +85,12 @@ class Attempt:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    supervisor = Supervisor(options.run_dir, options.command, options.attempts)
-    return supervisor.run(requeue if options.requeue else None)
+    try:
+        supervisor = Supervisor(options.run_dir, options.command, options.attempts)
+        return supervisor.run(requeue if options.requeue else None)
+    except OSError as error:  # no such command, or no folder for the run
+        say(f"{REFUSE}: {error.filename}: {error.strerror}")
+        return REFUSED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,20 +139,24 @@ class Supervisor:
 
     def _attempt(self) -> Attempt:
         began = time.time()
+        name = f"{socket.gethostname()}-{os.getpid()}-{began}"
         if self.asked_to_stop is None:
-            self._start()
+            self._start(name)
             code = self._wait()
         else:
             code = 0
         ended = time.time()
         if code:
             time.sleep(_LATE)
-        return judge(began, ended, code, self.run_dir, self.attempts, self.asked_to_stop)
+        return judge(began, ended, code, self.run_dir, self.attempts, self.asked_to_stop, name)
 
-    def _start(self) -> None:
+    def _start(self, name: str) -> None:
         """The command, in a session of its own: a terminal's Ctrl-C comes from here alone."""
         self.process = subprocess.Popen(
-            self.command, start_new_session=True, preexec_fn=_end_with_supervisor
+            self.command,
+            start_new_session=True,
+            preexec_fn=_end_with_supervisor,
+            env=os.environ | {faults.ATTEMPT: name},
         )
         if self.asked_to_stop is not None:  # the signal came while it was being started
             self._forward()
@@ -225,9 +235,14 @@ def judge(
     run_dir: Path,
     attempts: int,
     asked_to_stop: str | None,
+    name: str | None = None,
 ) -> Attempt:
-    """What the end of an attempt means, from its exit code, the ranks' notes and the history."""
+    """What the end of an attempt means, from its exit code, the ranks' notes and the history.
+
+    Notes of another attempt than ``name`` are of somebody who tried to start in the same folder.
+    """
     noted = faults.read(str(run_dir), since=began)
+    noted = [record for record in noted if record.get("attempt", name) == name]
     verdict, reason, bad = _verdict(code, noted, run_dir, began, asked_to_stop)
     if verdict == AGAIN and faults.cannot_write(str(run_dir)):
         # Neither a rank's note nor the count of attempts can be kept.
@@ -353,8 +368,7 @@ def checkpoint(run_dir: Path) -> int:
 def append(run_dir: Path, attempt: Attempt) -> None:
     """One more line of ``supervisor.jsonl``; a full disk is no reason to die here."""
     try:
-        with open(run_dir / LOG_FILE, "a", encoding="utf-8") as f:
-            f.write(json.dumps(asdict(attempt)) + "\n")
+        append_line(run_dir / LOG_FILE, json.dumps(asdict(attempt)))
     except OSError as error:
         say(f"{run_dir / LOG_FILE}: {error.strerror}")
 

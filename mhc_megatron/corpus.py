@@ -62,7 +62,7 @@ def check_corpus(
         if bounds and round(bounds[0] * documents) >= round(bounds[1] * documents):
             raise UserError(
                 f"data-path: of the {documents:,} documents of {prefix} none falls to the {name} "
-                "set; change split (100,0,0 has neither validation nor test)."
+                "set; change split (100,0,0 with eval-iters: 0 has neither validation nor test)."
             )
     vocab = _vocab_size(prefix)
     if vocab is not None and vocab > vocab_size:

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import faulthandler
@@ -31,10 +32,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mhc_megatron.files import replacing
+from mhc_megatron.files import append_line, replacing
 
 #: In the run's folder: one JSON object a line, appended by any rank.
 FAULTS_FILE = "faults.jsonl"
+#: In the environment of what launch/supervise.py starts: which attempt it is.
+ATTEMPT = "MHC_ATTEMPT"
 #: In the run's folder: iterations that are not trained, a JSON list.
 SKIP_FILE = "skip-iterations.json"
 
@@ -263,17 +266,12 @@ def note(run_dir: str, code: int, reason: str, iteration: int | None, **more: An
         "code": code,
         "reason": " ".join(reason.split())[:600],
         "iteration": iteration,
+        "attempt": os.environ.get(ATTEMPT),
         **more,
     }
-    line = json.dumps(record, separators=(",", ":")) + "\n"
-    try:
-        fd = os.open(os.path.join(run_dir, FAULTS_FILE), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        try:
-            os.write(fd, line.encode())
-        finally:
-            os.close(fd)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        line = json.dumps(record, separators=(",", ":"))
+        append_line(os.path.join(run_dir, FAULTS_FILE), line)
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

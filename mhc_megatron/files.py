@@ -1,4 +1,7 @@
-"""Files that are there whole or not at all. Standard library only: launch/supervise.py needs it."""
+"""Files that are there whole or not at all, and files of lines.
+
+Standard library only: launch/supervise.py needs it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,17 @@ import contextlib
 import os
 from collections.abc import Iterator
 from typing import IO, Any
+
+
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Add ``line`` to a file of lines; one that was cut short before it stays a line of its own."""
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(fd).st_size
+        cut = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        os.write(fd, cut * b"\n" + line.encode() + b"\n")
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -311,6 +311,9 @@ def check_data(config: GPTDatasetConfig, padded_vocab_size: int) -> None:
     for, and would look for ever for one where the share has no document.
     """
     splits = list(config.split_matrix or ())
+    validation = [*splits[1:2], *(config.blend_per_split or [])[1:2]]
+    if validation == [None] and (get_args().eval_iters or 0) > 0:
+        raise UserError("there is no validation set; set eval-iters: 0, or change split.")
     for prefix in _prefixes(config):
         check_corpus(
             prefix,

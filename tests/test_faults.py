@@ -407,6 +407,29 @@ def test_bad_input_is_not_tried_again(tmp_path):
     assert (code, len(history), requeued) == (2, 1, 0) and history[0].reason == "no data"
 
 
+def test_what_another_process_notes_in_the_folder_is_not_the_runs(tmp_path):
+    """Somebody tried to start a second run there, and was refused."""
+    foreign = """note 2 null '"reason":"taken","attempt":null'"""
+    code, history, _ = supervised(tmp_path, f"{foreign}; ended complete")
+    assert (code, history[-1].verdict) == (0, "complete")
+    code, history, _ = supervised(tmp_path / "failed", f"{foreign}; exit 1", attempts=1)
+    assert (code, history[-1].verdict) == (3, "give up")
+    own = """note 2 null '"reason":"taken","attempt":"'$MHC_ATTEMPT'"'; exit 1"""
+    code, history, _ = supervised(tmp_path / "own", own)
+    assert (code, history[-1].reason) == (2, "taken")
+
+
+@pytest.mark.parametrize(
+    ("folder", "command", "said"),
+    [("run", "no-such-command", "no-such-command: No such"), ("/proc/run", "true", "/proc/run: ")],
+)
+def test_what_cannot_be_started_is_a_sentence(folder, command, said, tmp_path):
+    words = [sys.executable, str(ROOT / "launch" / "supervise.py"), "--run-dir", folder, "--"]
+    result = subprocess.run([*words, command], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr == ""
+    assert f"supervise: refuse: {said}" in result.stdout and result.stdout.count("\n") == 1
+
+
 def test_a_full_disk_is_not_tried_again(tmp_path):
     body = """note 1 7 '"reason":"OSError","full_disk":true'; exit 1"""
     code, history, _ = supervised(tmp_path, body)
@@ -519,10 +542,12 @@ def test_notes_are_read_back_in_order_and_cut_ones_left_out(tmp_path):
     faults.note(str(tmp_path), 2, "second", None, full_disk=True)
     with open(tmp_path / faults.FAULTS_FILE, "a") as f:
         f.write(json.dumps({"time": 1})[:-3])
+    faults.note(str(tmp_path), 3, "third", 4)
     found = faults.read(str(tmp_path))
     assert [(r["code"], r["reason"], r["iteration"]) for r in found] == [
         (1, "first line", 3),
         (2, "second", None),
+        (3, "third", 4),
     ]
     assert faults.read(str(tmp_path), since=time.time() + 1) == []
 

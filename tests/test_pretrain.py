@@ -24,6 +24,7 @@ import pretrain_job
 import pytest
 import torch
 
+from mhc_megatron import faults
 from tools.corpus.prepare import Options, corpus_of, prepare
 from tools.corpus.sources import Reading
 
@@ -334,6 +335,7 @@ BAD = {
         "a vocabulary of 257, larger than the model's 100",
     ),
     "split without a document": (["split=99,1,0"], "none falls to the validation set"),
+    "no validation": (["split=100,0,0"], "there is no validation set; set eval-iters: 0"),
     "split that nobody asks for": (
         ["split=99,1,0", "eval-iters=0"],
         "none falls to the validation set",
@@ -354,6 +356,14 @@ def test_bad_input(name, config, tmp_path):
     said = (tmp_path / "out").read_text()
     assert sentence in said and said.count("error:") == 1 and "Traceback" not in said
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_is_wrong_with_the_settings_is_noted_in_the_runs_folder(config, tmp_path):
+    """There a supervisor finds it, and does not try again."""
+    run = tmp_path / "run"
+    run.mkdir()
+    assert launch(arguments(config, run, "mhc.varient=mhc"), tmp_path / "out") == 2
+    assert [record["code"] for record in faults.read(str(run))] == [2]
 
 
 @pytest.mark.parametrize(("end", "sentence"), [(".bin", "truncated or of"), (".idx", "truncated")])

@@ -143,6 +143,22 @@ def test_sweep_and_conversion(capsys, tmp_path):
     assert "--gpus-per-node" not in script
 
 
+def test_a_conversion_s_relative_paths_are_of_where_it_runs(capsys, tmp_path, monkeypatch):
+    (tmp_path / "checkpoint").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = ["--profile", "h100", "--dry-run", "--convert", *site(tmp_path, "{}"), "--", "verify"]
+    assert submit.main([*words, "checkpoint"]) == 2
+    assert "give --convert absolute paths" in capsys.readouterr().err
+    assert submit.main([*words, str(tmp_path / "checkpoint")]) == 0
+
+
+def test_the_environment_needs_no_user():
+    """Under ``set -u``, as the job's script is; a container may not say who runs it."""
+    command = ["env", "-u", "USER", "bash", "-uc", "source launch/env.sh h100; echo on"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "on\n" and result.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
