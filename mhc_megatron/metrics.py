@@ -26,7 +26,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -226,6 +226,18 @@ class MetricsWriter:
             os.fsync(self._fd)
 
 
+def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file, in order; a line that is no JSON object is left out."""
+    with open(path, "rb") as f:
+        for line in f:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue  # cut by a kill, or damaged
+            if isinstance(record, dict):
+                yield record
+
+
 def _plain(value: Any) -> Any:
     """``value`` as JSON can say it: non-finite floats are None, unknown objects their ``str``."""
     if value is None or isinstance(value, (bool, int, str)):
@@ -263,7 +275,7 @@ def _repair_last_line(fd: int) -> int:
         return 0
     try:
         whole = isinstance(json.loads(tail), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         whole = False
     if whole:
         os.write(fd, b"\n")
