@@ -238,6 +238,22 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                 yield record
 
 
+def is_validated(path: str | os.PathLike[str], iteration: int) -> bool:
+    """Whether the file has a valid record of ``iteration`` that later training did not replace."""
+    found = False
+    for record in read_records(path):
+        event, at = record.get("event"), record.get("iteration")
+        if type(at) is not int:
+            continue
+        if event == "valid" and at == iteration:
+            found = True
+        elif (event == "train" and at <= iteration) or (
+            event in ("valid", "resume") and at < iteration
+        ):
+            found = False  # the run went back and has come this way again
+    return found
+
+
 def _plain(value: Any) -> Any:
     """``value`` as JSON can say it: non-finite floats are None, unknown objects their ``str``."""
     if value is None or isinstance(value, (bool, int, str)):
