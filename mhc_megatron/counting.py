@@ -193,14 +193,18 @@ def _layer(args: Namespace, mhc: MHCConfig, moe: bool) -> tuple[Part, ...]:
 
 def _attention(args: Namespace) -> tuple[Part, ...]:
     C, D, heads = args.hidden_size, args.kv_channels, args.num_attention_heads
-    groups = args.num_query_groups if args.group_query_attention else heads
-    qkv = D * (heads + 2 * groups)
+    qkv = D * (heads + 2 * query_groups(args))
     bias_qkv = qkv if args.add_bias_linear or args.add_qkv_bias else 0
     return (
         matrices("attention", split=C * qkv + D * heads * C),
         vectors("attention", split=bias_qkv, whole=C if args.add_bias_linear else 0),
         vectors("norms", 2 * _norm(args, D) if args.qk_layernorm else 0),
     )
+
+
+def query_groups(args: Namespace) -> int:
+    """Heads of keys and values; as many as of queries where they are not grouped."""
+    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
 
 
 def _latent_attention(args: Namespace) -> tuple[Part, ...]:

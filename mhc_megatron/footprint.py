@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mhc_megatron.config import MHCConfig
-from mhc_megatron.counting import Item, Part, model
+from mhc_megatron.counting import Item, Part, model, query_groups
 from mhc_megatron.errors import UserError
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
@@ -67,12 +67,36 @@ def footprints(args: Namespace, mhc: MHCConfig) -> list[Footprint]:
     """One for each pipeline stage, by rank.
 
     Raises:
-        UserError: layers that do not divide over the stages; a model that cannot be counted.
+        UserError: layers that do not divide over the stages, heads that do not over the
+            tensor-parallel ranks; a model that cannot be counted.
     """
+    check_heads(args)
     return [_footprint(args, mhc, rank, stage) for rank, stage in enumerate(stages(args, mhc))]
 
 
 # ------------------------------------------------------------------------------------------ layout
+
+
+def check_heads(args: Namespace) -> None:
+    """What attention asks of its heads, which Megatron looks at when it builds a layer.
+
+    As core/transformer/transformer_config.py (``TransformerConfig.__post_init__``) and attention.py
+    have it.
+
+    Raises:
+        UserError: heads or query groups that do not divide.
+    """
+    heads, groups = args.num_attention_heads, query_groups(args)
+    tp = args.tensor_model_parallel_size
+    if heads % tp:
+        raise UserError(f"{heads} attention heads do not divide over {tp} tensor-parallel ranks.")
+    if groups % tp and tp % groups:
+        raise UserError(
+            f"num-query-groups ({groups}) must be a multiple or a divisor of "
+            f"tensor-model-parallel-size ({tp})."
+        )
+    if heads % groups:
+        raise UserError(f"{heads} attention heads do not divide into {groups} query groups.")
 
 
 def stages(args: Namespace, mhc: MHCConfig) -> list[Stage]:

@@ -271,7 +271,9 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     logits = logits.float().cpu()
     if sampling.temperature == 0:
         return int(logits.argmax())
-    values, tokens = torch.sort(logits / sampling.temperature, descending=True, stable=True)
+    values, tokens = torch.sort(logits, descending=True, stable=True)
+    # In double and from the largest on: no temperature is too small to divide by.
+    values = ((values.double() - values[0]) / sampling.temperature).float()
     if sampling.top_k:
         values, tokens = values[: sampling.top_k], tokens[: sampling.top_k]
     probabilities = torch.softmax(values, dim=0)

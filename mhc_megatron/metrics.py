@@ -26,7 +26,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -226,6 +226,34 @@ class MetricsWriter:
             os.fsync(self._fd)
 
 
+def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file, in order; a line that is no JSON object is left out."""
+    with open(path, "rb") as f:
+        for line in f:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue  # cut by a kill, or damaged
+            if isinstance(record, dict):
+                yield record
+
+
+def is_validated(path: str | os.PathLike[str], iteration: int) -> bool:
+    """Whether the file has a valid record of ``iteration`` that later training did not replace."""
+    found = False
+    for record in read_records(path):
+        event, at = record.get("event"), record.get("iteration")
+        if type(at) is not int:
+            continue
+        if event == "valid" and at == iteration:
+            found = True
+        elif (event == "train" and at <= iteration) or (
+            event in ("valid", "resume") and at < iteration
+        ):
+            found = False  # the run went back and has come this way again
+    return found
+
+
 def _plain(value: Any) -> Any:
     """``value`` as JSON can say it: non-finite floats are None, unknown objects their ``str``."""
     if value is None or isinstance(value, (bool, int, str)):
@@ -263,7 +291,7 @@ def _repair_last_line(fd: int) -> int:
         return 0
     try:
         whole = isinstance(json.loads(tail), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         whole = False
     if whole:
         os.write(fd, b"\n")

@@ -32,7 +32,7 @@ from mhc_megatron.corpus import unigram_entropy
 from mhc_megatron.exporter import Exporter
 from mhc_megatron.faults import Watchdog
 from mhc_megatron.hardware import peak_tflops
-from mhc_megatron.metrics import MetricsWriter
+from mhc_megatron.metrics import MetricsWriter, is_validated
 from mhc_megatron.spikes import LossSpike, SpikeWatch
 from mhc_megatron.stability import Monitor
 
@@ -162,10 +162,11 @@ class Observer:
         result = original(*rest, **kwargs)
         self.watchdog.progress()
         losses = (result[0] or {}).get("lm loss")
-        # Megatron evaluates once more after the last step, on other batches of the same set.
-        again, self._evaluated = self._evaluated == self.iteration, self.iteration
+        # Megatron evaluates once more after the last step, on other batches of the same set, and
+        # does so too where a process finds all steps done.
+        again = self._evaluated == self.iteration
         if self.metrics is not None and losses is not None and not (self._testing or again):
-            value = float(losses)
+            self._evaluated, value = self.iteration, float(losses)
             self.metrics.valid(iteration=self.iteration, consumed_tokens=self._tokens(), loss=value)
             self._print(f"iteration {self.iteration:>7,}   validation loss {value:.4f}")
         return result
@@ -219,6 +220,8 @@ class Observer:
         if args.iteration:
             self.spikes.resume(self.metrics.path, args.iteration)
             self.metrics.resume(iteration=args.iteration, path=args.load)
+            if is_validated(self.metrics.path, args.iteration):
+                self._evaluated = args.iteration
             self._print(f"resumed at iteration {args.iteration:,}")
         extra = f", {hc_parameters:,} of them in hyper-connections" if hc_parameters else ""
         self._print(f"{self.name}: {parameters:,} parameters{extra}; log in {self.run_dir}")

@@ -8,10 +8,12 @@ wrong, and finds it again at the same step after a resume, as the records are in
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import statistics
 from collections import deque
+
+from mhc_megatron.metrics import read_records
 
 #: Records that the median is taken over, and the fewest that give one.
 RECORDS, LEAST = 20, 5
@@ -33,21 +35,24 @@ class SpikeWatch:
         self._losses: deque[float] = deque(maxlen=RECORDS)
 
     def record(self, loss: float) -> None:
-        """Take the loss (nats a token) of one more training record."""
-        self._losses.append(loss)
+        """Take the loss (nats a token) of one more training record.
+
+        One that is not finite is left out: ``metrics.jsonl`` has no number for it, and a NaN would
+        make the median depend on the order.
+        """
+        if math.isfinite(loss):
+            self._losses.append(loss)
 
     def resume(self, path: str | os.PathLike[str], iteration: int) -> None:
         """Take the last records up to ``iteration`` from a ``metrics.jsonl``."""
-        losses: dict[int, float] = {}
-        with open(path, encoding="utf-8") as f:
-            for line in f:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue  # cut by a kill
-                if record.get("event") == "train" and record.get("loss") is not None:
-                    losses[record["iteration"]] = record["loss"]  # the last of its iteration holds
-        self._losses.extend(loss for i, loss in sorted(losses.items()) if i <= iteration)
+        losses: dict[int, object] = {}
+        for record in read_records(path):
+            at = record.get("iteration")
+            if record.get("event") == "train" and type(at) is int and at <= iteration:
+                losses[at] = record.get("loss")  # the last of its iteration holds
+        for at in sorted(losses):
+            if isinstance(loss := losses[at], float):
+                self.record(loss)
 
     @property
     def usual(self) -> float | None:

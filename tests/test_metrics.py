@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mhc_megatron import metrics
-from mhc_megatron.metrics import MetricsWriter
+from mhc_megatron.metrics import MetricsWriter, is_validated, read_records
 
 TRAIN: dict[str, Any] = {
     "iteration": 10,
@@ -101,6 +101,7 @@ def test_values_json_cannot_say(tmp_path: Path) -> None:
         (b'{"event":"a"}\n12', b'{"event":"a"}\n', 2),
         (b'{"ev', b"", 4),
         (b'{"event":"a"}\n' + bytes(200_000), b'{"event":"a"}\n', 200_000),
+        (b'{"event":"a"}\n' + b"[" * 100_000, b'{"event":"a"}\n', 100_000),
         (b"", b"", 0),
     ],
 )
@@ -179,3 +180,32 @@ def test_closing_twice(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(OSError):
         writer.save(iteration=1)
+
+
+def test_reading_leaves_out_what_is_no_object(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'[1]\n\xff\xff\n\n{"event":"a"}\n' + b"[" * 100_000 + b'\n{"event":"b"}\n{"e')
+    assert list(read_records(path)) == [{"event": "a"}, {"event": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("after", "still"),
+    [
+        ([], True),
+        ([("resume", 10), ("train", 11), ("valid", 11)], True),
+        ([("save", 5), ("valid", None), ("train", "5")], True),
+        ([("resume", 9)], False),
+        ([("train", 1)], False),  # from the beginning: there is no resume record
+        ([("train", 10)], False),
+        ([("valid", 5)], False),
+        ([("resume", 9), ("valid", 10)], True),
+    ],
+)
+def test_what_makes_an_evaluation_void(
+    after: list[tuple[str, Any]], still: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = [("train", 10), ("valid", 10), *after]
+    path.write_text("".join(json.dumps({"event": e, "iteration": i}) + "\n" for e, i in records))
+    assert is_validated(path, 10) is still
+    assert not is_validated(path, 12)

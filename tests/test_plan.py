@@ -108,6 +108,28 @@ def test_page(cluster: Cluster) -> None:
             ("--set", "window-size=(16, 0)", "--set", "window-attn-skip-freq=2"),
             "operations of a model with window-size",
         ),
+        (
+            "tiny",
+            ("--set", "num-attention-heads=2", "--set", "tensor-model-parallel-size=3"),
+            "2 attention heads do not divide over 3 tensor-parallel ranks",
+        ),
+        (
+            "tiny",
+            (
+                "--set", "num-attention-heads=12", "--set", "tensor-model-parallel-size=4",
+                "--set", "group-query-attention=true", "--set", "num-query-groups=6",
+                "--set", "kv-channels=32",
+            ),
+            "num-query-groups (6) must be a multiple or a divisor of tensor-model-parallel",
+        ),
+        (
+            "tiny",
+            (
+                "--set", "num-attention-heads=4", "--set", "group-query-attention=true",
+                "--set", "num-query-groups=3",
+            ),
+            "4 attention heads do not divide into 3 query groups",
+        ),
         ("tiny", ("--gpus", "0"), "at least 1, not '0'"),
     ],
 )
