@@ -60,6 +60,7 @@ from mhc_megatron.checkpoint.sound import settle
 from mhc_megatron.config import MHCConfig
 from mhc_megatron.corpus import check_corpus, whole_indices
 from mhc_megatron.errors import UserError
+from mhc_megatron.footprint import check_heads
 from mhc_megatron.fp8 import check_expert_scales, scales_before_weights
 from mhc_megatron.hybrid import local_hybrid_stack
 from mhc_megatron.layer_spec import mhc_layer_spec
@@ -437,6 +438,7 @@ def check_arguments(args: Namespace) -> None:
     if not args.mock_data and get_blend_and_blend_per_split(args) == (None, None):
         raise UserError("no data: set data-path, or mock-data: true.")
     mhc, half = MHCConfig(**args.mhc), args.bf16 or args.fp16
+    check_heads(args)
     check_recompute(args, mhc)
     _check_dispatcher(args)
     _check_optimizer(args)

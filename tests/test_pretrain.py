@@ -322,6 +322,10 @@ BAD = {
         ["heterogeneous-layers-config-path=/nope"],
         "heterogeneous-layers-config-path: cannot open /nope: No such file",
     ),
+    "query groups": (
+        ["num-attention-heads=4", "group-query-attention=true", "num-query-groups=3"],
+        "4 attention heads do not divide into 3 query groups",
+    ),
     "two rates": (["use-mup=true", "mhc.lr_mult=0.5"], "leave mhc.lr_mult at 1"),
     "mhc is no switch": (["mhc=off"], "mhc.variant=none switches it off"),
     "heads do not divide": (["num-attention-heads=5"], "contradictory settings"),
