@@ -24,6 +24,7 @@ that takes over knows what was tried.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -32,7 +33,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ if _ROOT not in sys.path:
     sys.path.insert(0, _ROOT)
 
 from mhc_megatron import faults  # noqa: E402
-from mhc_megatron.files import append_line  # noqa: E402
+from mhc_megatron.errors import UserError  # noqa: E402
+from mhc_megatron.files import append_line, read_records  # noqa: E402
 
 LOG_FILE = "supervisor.jsonl"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -88,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         supervisor = Supervisor(options.run_dir, options.command, options.attempts)
         return supervisor.run(requeue if options.requeue else None)
-    except OSError as error:  # no such command, or no folder for the run
-        say(f"{REFUSE}: {error.filename}: {error.strerror}")
+    except UserError as error:
+        say(f"{REFUSE}: {error}")
         return REFUSED
 
 
@@ -112,6 +114,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextlib.contextmanager
+def _or_refused() -> Iterator[None]:
+    """No such command, or no folder for the run: UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+
+
 class Supervisor:
     """Starts ``command`` until the run in ``run_dir`` is complete or cannot go on."""
 
@@ -119,7 +130,8 @@ class Supervisor:
         self.run_dir, self.command, self.attempts = Path(run_dir), list(command), attempts
         self.process: subprocess.Popen | None = None
         self.asked_to_stop: str | None = None
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with _or_refused():
+            self.run_dir.mkdir(parents=True, exist_ok=True)
 
     def run(self, requeue: Callable[[], None] | None = None) -> int:
         """The supervisor's exit code; ``requeue`` is called when the run was stopped to go on."""
@@ -152,12 +164,13 @@ class Supervisor:
 
     def _start(self, name: str) -> None:
         """The command, in a session of its own: a terminal's Ctrl-C comes from here alone."""
-        self.process = subprocess.Popen(
-            self.command,
-            start_new_session=True,
-            preexec_fn=_end_with_supervisor,
-            env=os.environ | {faults.ATTEMPT: name},
-        )
+        with _or_refused():
+            self.process = subprocess.Popen(
+                self.command,
+                start_new_session=True,
+                preexec_fn=_end_with_supervisor,
+                env=os.environ | {faults.ATTEMPT: name},
+            )
         if self.asked_to_stop is not None:  # the signal came while it was being started
             self._forward()
 
@@ -376,15 +389,13 @@ def append(run_dir: Path, attempt: Attempt) -> None:
 def history(run_dir: Path) -> list[Attempt]:
     """The attempts so far, oldest first; a line that was cut short is left out."""
     try:
-        lines = (run_dir / LOG_FILE).read_text(encoding="utf-8").splitlines()
+        records = list(read_records(run_dir / LOG_FILE))
     except OSError:
         return []
     found = []
-    for line in lines:
-        try:
-            found.append(Attempt(**json.loads(line)))
-        except (ValueError, TypeError):
-            continue
+    for record in records:
+        with contextlib.suppress(TypeError):  # of another version
+            found.append(Attempt(**record))
     return found
 
 

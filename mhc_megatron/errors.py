@@ -1,13 +1,22 @@
 """Errors that a user can mend: one clear sentence, printed without a traceback, exit code 2."""
 
+import argparse
 import functools
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
     """Something outside the code is wrong (a setting, a file, a folder); says what to change."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one sentence, and ends with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def quiet_pipe(main: Callable[..., int]) -> Callable[..., int]:

@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mhc_megatron.files import append_line, replacing
+from mhc_megatron.files import append_line, read_records, replacing
 
 #: In the run's folder: one JSON object a line, appended by any rank.
 FAULTS_FILE = "faults.jsonl"
@@ -323,16 +323,8 @@ def skip_iterations(run_dir: str, iterations: list[int]) -> None:
 def read(run_dir: str, since: float = 0.0) -> list[Mapping[str, Any]]:
     """The faults noted at or after ``since`` (seconds since 1970), oldest first."""
     try:
-        with open(os.path.join(run_dir, FAULTS_FILE), encoding="utf-8") as f:
-            lines = f.readlines()
+        records = list(read_records(os.path.join(run_dir, FAULTS_FILE)))
     except FileNotFoundError:
         return []
-    found = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # cut by a kill or a full disk
-        if isinstance(record, dict) and record.get("time", 0) >= since:
-            found.append(record)
+    found = [record for record in records if record.get("time", 0) >= since]
     return sorted(found, key=lambda record: record["time"])

@@ -6,6 +6,7 @@ Standard library only: launch/supervise.py needs it.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from typing import IO, Any
@@ -20,6 +21,18 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
         os.write(fd, cut * b"\n" + line.encode() + b"\n")
     finally:
         os.close(fd)
+
+
+def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file of lines, in order; a line that is none is left out."""
+    with open(path, "rb") as f:
+        for line in f:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue  # cut by a kill or a full disk, or damaged
+            if isinstance(record, dict):
+                yield record
 
 
 @contextlib.contextmanager

@@ -409,10 +409,9 @@ class HyperConnectedLayer(MegatronModule):
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         if hidden_states.shape[-1] == self.C:
             hidden_states = self._enter(hidden_states)
-        for name in ("attn_hc", "mlp_hc"):
-            if hasattr(self, name):
-                hidden_states = getattr(self, name)(hidden_states, head=True)
-                break
+        first = getattr(self, "attn_hc", None) or getattr(self, "mlp_hc", None)
+        if first is not None:  # a heterogeneous layer may have no sublayer
+            hidden_states = first(hidden_states, head=True)
         hidden_states, context = super().forward(hidden_states, *args, **kwargs)
         if self.exit is not None:
             hidden_states = self.exit(hidden_states)

@@ -26,10 +26,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from mhc_megatron.files import read_records
 
 _BLOCK = 1 << 16
 
@@ -224,18 +226,6 @@ class MetricsWriter:
         _write_whole(self._fd, line.encode("ascii"))
         if sync:
             os.fsync(self._fd)
-
-
-def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file, in order; a line that is no JSON object is left out."""
-    with open(path, "rb") as f:
-        for line in f:
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue  # cut by a kill, or damaged
-            if isinstance(record, dict):
-                yield record
 
 
 def is_validated(path: str | os.PathLike[str], iteration: int) -> bool:

@@ -13,7 +13,7 @@ import os
 import statistics
 from collections import deque
 
-from mhc_megatron.metrics import read_records
+from mhc_megatron.files import read_records
 
 #: Records that the median is taken over, and the fewest that give one.
 RECORDS, LEAST = 20, 5

@@ -9,7 +9,7 @@ import torch
 
 from mhc_megatron import observer
 from mhc_megatron.config import MHCConfig
-from mhc_megatron.metrics import read_records
+from mhc_megatron.files import read_records
 
 
 @pytest.fixture

@@ -34,7 +34,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 _ROOT = Path(__file__).resolve().parents[1]
 for _path in (str(_ROOT / "kernels"), str(_ROOT)):
@@ -50,6 +49,7 @@ from kernel_bench.tasks import make_tasks  # noqa: E402
 from kernel_bench.timing import EMPTY, FLUSH, GraphClock, Times, WallClock, copy_bandwidth  # noqa: E402
 
 from mhc_kernels.reference import VARIANTS, phi_rows  # noqa: E402
+from mhc_megatron.errors import Parser  # noqa: E402
 
 SHAPES = "4096x1280,4096x1920,4096x2560,16384x2560,8192x4096,4096x7168"
 QUICK_SHAPES = {"cuda": "4096x2560", "cpu": "64x32,64x64,128x64"}
@@ -57,13 +57,6 @@ ROUNDS = {"cuda": 24, "cpu": 3}
 QUICK_ROUNDS = {"cuda": 6, "cpu": 3}
 
 _START = time.monotonic()
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad arguments: one sentence, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"bench_kernels: {message}\n")
 
 
 def main(argv: list[str] | None = None) -> int:

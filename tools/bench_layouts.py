@@ -36,12 +36,14 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[1]
 for _path in (str(_ROOT / "tools"), str(_ROOT / "kernels"), str(_ROOT)):
     if _path not in sys.path:
         sys.path.insert(0, _path)
+
+from mhc_megatron.errors import Parser  # noqa: E402
 
 # NVLink multicast can take a shared host's GPUs out of service; gloo meets on this host alone.
 _VARIABLES = {
@@ -56,13 +58,6 @@ PARTS = ("overlap", "training", "layouts")
 #: Largest trace that is kept, in bytes.
 TRACE_BYTES = 15 * 2**20
 _START = time.monotonic()
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad arguments: one sentence, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"bench_layouts: {message}\n")
 
 
 def main() -> int:
@@ -99,7 +94,11 @@ def main() -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="bench_layouts",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="a new or empty folder")
     add("--device", choices=["cuda", "cpu"], default="cuda")

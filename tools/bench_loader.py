@@ -29,14 +29,14 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 for _path in (os.path.join(_ROOT, "kernels"), _ROOT):
     if _path not in sys.path:
         sys.path.insert(0, _path)
 
-from mhc_megatron.errors import UserError  # noqa: E402
+from mhc_megatron.errors import Parser, UserError  # noqa: E402
 
 #: Batches before a round's clock starts: workers come up, queues fill.
 WARM_UP = 8
@@ -55,13 +55,6 @@ class Round:
     cpu: float
 
 
-class Parser(argparse.ArgumentParser):
-    """Bad arguments: one sentence, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"bench_loader: {message}\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
     options = _parser().parse_args(argv)
@@ -77,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="bench_loader.py", description=__doc__.partition("\n\n")[0])
+    parser = Parser(prog="bench_loader", description=__doc__.partition("\n\n")[0])
     corpus = parser.add_mutually_exclusive_group(required=True)
     corpus.add_argument("--data", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
     corpus.add_argument("--tokens", type=_positive, help="random tokens to make a corpus of")

@@ -41,7 +41,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as launch/env.sh
@@ -51,6 +51,8 @@ for _path in (str(_ROOT / "kernels"), str(_ROOT)):
         sys.path.insert(0, _path)
 
 import torch  # noqa: E402
+
+from mhc_megatron.errors import Parser  # noqa: E402
 
 _START = time.monotonic()
 WHOLE, MEGATRON = "", "mixing_stream,gradient_wait,hop_streams,open_end"
@@ -67,13 +69,6 @@ ROWS: dict[str, tuple[str, float, bool]] = {
     "whole schedule, hops of one stream (C)": (WHOLE, 0.25, True),
     "no overlap, transfers waited for": (MEGATRON, 1.0, False),
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad arguments: one sentence, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"bench_overlap: {message}\n")
 
 
 def main() -> int:
@@ -110,7 +105,7 @@ def main() -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="bench_overlap", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/overlap", help="folder of what is written")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes, few slots")

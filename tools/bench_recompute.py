@@ -36,7 +36,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 
@@ -46,6 +45,7 @@ for _path in (os.path.join(_ROOT, "kernels"), _ROOT):
         sys.path.insert(0, _path)
 
 from mhc_megatron.config import MHCConfig  # noqa: E402
+from mhc_megatron.errors import Parser  # noqa: E402
 
 GIB = 2**30
 N, VOCABULARY = 4, 512
@@ -72,13 +72,6 @@ class Row:
     peak: int = 0
     ms: float = math.nan
     error: str = ""
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad arguments: one sentence, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,7 +32,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Several models in turns leave holes of many sizes; segments that grow do not.
@@ -44,18 +44,11 @@ for _path in (os.path.join(_ROOT, "kernels"), os.path.join(_ROOT, "tools"), _ROO
         sys.path.insert(0, _path)
 
 from launch.environment import check_resiliency, redirect_output  # noqa: E402
-from mhc_megatron.errors import UserError  # noqa: E402
+from mhc_megatron.errors import Parser, UserError  # noqa: E402
 
 _START = time.monotonic()
 #: Where the bench itself writes, once all other output goes to a log.
 _console: TextIO | None = None
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad arguments: one sentence, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"bench_training: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,7 +31,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 import torch  # noqa: E402
 
 from mhc_megatron.checkpoint import convert  # noqa: E402
-from mhc_megatron.errors import UserError, quiet_pipe  # noqa: E402
+from mhc_megatron.errors import Parser, UserError, quiet_pipe  # noqa: E402
 
 DTYPES = {
     "fp32": torch.float32,
@@ -39,14 +39,6 @@ DTYPES = {
     "fp16": torch.float16,
     "fp8": torch.float8_e4m3fn,
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message and exit with 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 @quiet_pipe

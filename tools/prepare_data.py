@@ -28,12 +28,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 if __package__ in (None, ""):  # run as a script: the repository's root is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mhc_megatron.errors import quiet_pipe
+from mhc_megatron.errors import Parser, quiet_pipe
 from tools.corpus import CorpusError
 from tools.corpus.encoders import PATTERNS, encoder_path, encoder_spec
 from tools.corpus.prepare import Corpus, Options, corpus_of, prepare, stdlib_corpus, verify
@@ -45,14 +45,6 @@ SHOWN = 20
 
 class Interrupted(BaseException):
     """A signal asks the run to end."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message and exit with 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parser() -> Parser:

@@ -109,7 +109,8 @@ def _waits(gpu: list[dict[str, Any]], host: list[dict[str, Any]]) -> int:
     """How often the host waited between its first launch and its last, where a wait costs."""
     launched = {event.get("args", {}).get("correlation") for event in gpu} - {None}
     times = [e["ts"] for e in host if e.get("args", {}).get("correlation") in launched]
-    return sum(e["name"] in WAITS and min(times) < e["ts"] < max(times) for e in host if times)
+    first, last = min(times, default=0), max(times, default=0)
+    return sum(e["name"] in WAITS and first < e["ts"] < last for e in host)
 
 
 def _at_once(gpu: list[dict[str, Any]], host: list[dict[str, Any]]) -> float:
